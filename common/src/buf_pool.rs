@@ -1,0 +1,239 @@
+//! `BufPool`: blocks of memory in size classes, with a cap on their total (since v02).
+
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::rc::Rc;
+
+use crate::io_buf::IoBuf;
+
+const KIB: usize = 1024;
+const MIB: usize = 1024 * KIB;
+
+/// The sizes in which blocks come, in bytes, the smallest first.
+pub const SIZE_CLASSES: [usize; 7] = [
+    4 * KIB,
+    16 * KIB,
+    64 * KIB,
+    256 * KIB,
+    MIB,
+    4 * MIB,
+    8 * MIB,
+];
+
+/// The size of the largest block, in bytes.
+pub const MAX_BLOCK: usize = 8 * MIB;
+
+/// Blocks of memory that are used again and again, so that a server in its stride allocates nothing (since v02).
+///
+/// A block is allocated when it is first needed, comes back when its [`IoBuf`] is dropped, and is kept for the next
+/// one. Clones share the same blocks. For one thread, as the whole course is.
+#[derive(Clone)]
+pub struct BufPool(Rc<RefCell<Blocks>>);
+
+struct Blocks {
+    cap: usize,
+    in_use: usize,
+    free: usize,
+    high_water: usize,
+    classes: [Class; SIZE_CLASSES.len()],
+}
+
+#[derive(Default)]
+struct Class {
+    in_use: usize,
+    /// The last one back is the first one out, as it may still be in the processor's cache.
+    free: Vec<Box<[u8]>>,
+}
+
+impl BufPool {
+    /// An empty pool that will hold `cap` bytes at the most, blocks in use and free ones taken together.
+    pub fn new(cap: usize) -> Self {
+        let classes = Default::default();
+        Self(Rc::new(RefCell::new(Blocks {
+            cap,
+            in_use: 0,
+            free: 0,
+            high_water: 0,
+            classes,
+        })))
+    }
+
+    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
+    ///
+    /// # Errors
+    /// [`PoolError`], which says which limit was hit. The pool is then as it was.
+    pub fn alloc(&self, n: usize) -> Result<IoBuf, PoolError> {
+        let class = SIZE_CLASSES.partition_point(|&size| size < n);
+        if class == SIZE_CLASSES.len() {
+            return Err(PoolError::TooLarge { asked: n });
+        }
+        let block = self.0.borrow_mut().take(class)?;
+        Ok(IoBuf::new(block, self.clone()))
+    }
+
+    /// Takes a block back. It keeps its old bytes: an `IoBuf` never shows what was not written through it.
+    pub(crate) fn give_back(&self, block: Box<[u8]>) {
+        self.0.borrow_mut().give_back(block);
+    }
+
+    /// The figures at this moment.
+    pub fn stats(&self) -> PoolStats {
+        let blocks = self.0.borrow();
+        let mut classes = [ClassStats::default(); SIZE_CLASSES.len()];
+        for (stats, (size, class)) in classes
+            .iter_mut()
+            .zip(SIZE_CLASSES.iter().zip(&blocks.classes))
+        {
+            *stats = ClassStats {
+                size: *size,
+                in_use: class.in_use,
+                free: class.free.len(),
+            };
+        }
+        let Blocks {
+            cap,
+            in_use,
+            free,
+            high_water,
+            ..
+        } = *blocks;
+        PoolStats {
+            cap,
+            in_use,
+            free,
+            high_water,
+            classes,
+        }
+    }
+}
+
+impl Blocks {
+    fn take(&mut self, class: usize) -> Result<Box<[u8]>, PoolError> {
+        let size = SIZE_CLASSES[class];
+        let block = match self.classes[class].free.pop() {
+            Some(block) => {
+                self.free -= size;
+                block
+            }
+            None => {
+                if self.cap.saturating_sub(self.in_use) < size {
+                    return Err(PoolError::CapReached {
+                        asked: size,
+                        cap: self.cap,
+                    });
+                }
+                self.make_room_for(size);
+                // Zeroed by the kernel and not here: a large block costs memory only where it has been written to.
+                vec![0; size].into_boxed_slice()
+            }
+        };
+        self.classes[class].in_use += 1;
+        self.in_use += size;
+        self.high_water = self.high_water.max(self.in_use);
+        Ok(block)
+    }
+
+    fn give_back(&mut self, block: Box<[u8]>) {
+        let size = block.len();
+        let class = &mut self.classes[SIZE_CLASSES.partition_point(|&class| class < size)];
+        class.in_use -= 1;
+        class.free.push(block);
+        self.in_use -= size;
+        self.free += size;
+    }
+
+    /// Frees blocks of other classes, the largest first, until `size` more bytes fit under the cap.
+    fn make_room_for(&mut self, size: usize) {
+        for (class, class_size) in self.classes.iter_mut().zip(SIZE_CLASSES).rev() {
+            while self.in_use + self.free + size > self.cap && class.free.pop().is_some() {
+                self.free -= class_size;
+            }
+        }
+    }
+}
+
+/// Why [`BufPool::alloc`] gave no buffer (since v02).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolError {
+    /// More than the largest block holds.
+    TooLarge {
+        /// The bytes asked for.
+        asked: usize,
+    },
+    /// The blocks in use leave too little below the cap.
+    CapReached {
+        /// The size of the block that did not fit, in bytes.
+        asked: usize,
+        /// The pool's cap, in bytes.
+        cap: usize,
+    },
+}
+
+impl fmt::Display for PoolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLarge { asked } => {
+                write!(
+                    f,
+                    "a buffer of {asked} bytes is over the limit of {MAX_BLOCK} bytes for one block"
+                )
+            }
+            Self::CapReached { asked, cap } => {
+                write!(
+                    f,
+                    "no room for a buffer of {asked} bytes under the pool's cap of {cap} bytes"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for PoolError {}
+
+impl From<PoolError> for io::Error {
+    fn from(err: PoolError) -> Self {
+        Self::new(io::ErrorKind::OutOfMemory, err)
+    }
+}
+
+/// The figures of a [`BufPool`] (since v02). They read `0 B in use, 8192 B free, 8192 B at most`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolStats {
+    /// The most that the pool may ever hold, in bytes.
+    pub cap: usize,
+    /// In blocks that are handed out, in bytes.
+    pub in_use: usize,
+    /// In blocks that wait for their next use, in bytes.
+    pub free: usize,
+    /// The most that was ever in use at a time, in bytes.
+    pub high_water: usize,
+    /// One entry per size class, the smallest first.
+    pub classes: [ClassStats; SIZE_CLASSES.len()],
+}
+
+/// The figures of one size class (since v02).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassStats {
+    /// The size of a block, in bytes.
+    pub size: usize,
+    /// How many blocks are handed out.
+    pub in_use: usize,
+    /// How many blocks wait for their next use.
+    pub free: usize,
+}
+
+impl fmt::Display for PoolStats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            in_use,
+            free,
+            high_water,
+            ..
+        } = self;
+        write!(
+            f,
+            "{in_use} B in use, {free} B free, {high_water} B at most"
+        )
+    }
+}

@@ -1,0 +1,140 @@
+//! `IoBuf`: one block of a pool with a head and a length (since v02).
+
+use std::fmt;
+use std::mem;
+
+use bytes::Buf;
+
+use crate::buf_pool::BufPool;
+
+/// A block on loan from a [`BufPool`]; dropping it gives the block back (since v02).
+///
+/// ```text
+/// 0            head          head + len       capacity
+/// +-------------+----------------+----------------+
+/// |   popped    |      data      |      room      |
+/// +-------------+----------------+----------------+
+///                head + len <= capacity, always
+/// ```
+///
+/// Only `data` can be seen from outside: what an earlier user left in the rest of the block stays unseen.
+pub struct IoBuf {
+    block: Box<[u8]>,
+    head: usize,
+    len: usize,
+    pool: BufPool,
+}
+
+impl IoBuf {
+    pub(crate) fn new(block: Box<[u8]>, pool: BufPool) -> Self {
+        Self {
+            block,
+            head: 0,
+            len: 0,
+            pool,
+        }
+    }
+
+    /// The size of the block, in bytes.
+    pub fn capacity(&self) -> usize {
+        self.block.len()
+    }
+
+    /// How many bytes at the start of the block have been popped.
+    pub fn head(&self) -> usize {
+        self.head
+    }
+
+    /// How many bytes of data there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is no data.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The data.
+    pub fn data(&self) -> &[u8] {
+        &self.block[self.head..self.head + self.len]
+    }
+
+    /// How many bytes fit behind the data without [`adjust`](Self::adjust).
+    pub fn room(&self) -> usize {
+        self.capacity() - self.head - self.len
+    }
+
+    /// Adds bytes behind the data, as many as there is room for, and returns how many.
+    pub fn append(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(self.room());
+        self.room_mut()[..n].copy_from_slice(&bytes[..n]);
+        self.len += n;
+        n
+    }
+
+    /// Takes `n` bytes off the front of the data. The last one gone, the whole block is room again.
+    ///
+    /// # Panics
+    /// If `n` is more than [`len`](Self::len).
+    pub fn pop(&mut self, n: usize) {
+        assert!(n <= self.len, "cannot pop {n} bytes of {}", self.len);
+        self.len -= n;
+        self.head = if self.len == 0 { 0 } else { self.head + n };
+    }
+
+    /// Moves the data to the start of the block, so that all the room is behind it.
+    pub fn adjust(&mut self) {
+        self.block.copy_within(self.head..self.head + self.len, 0);
+        self.head = 0;
+    }
+
+    /// Forgets the data.
+    pub fn clear(&mut self) {
+        self.head = 0;
+        self.len = 0;
+    }
+
+    /// The room behind the data, with an earlier user's bytes in it: for a system call to write to.
+    pub(crate) fn room_mut(&mut self) -> &mut [u8] {
+        &mut self.block[self.head + self.len..]
+    }
+
+    /// Counts the first `n` bytes of the room as data, after a system call has written them.
+    pub(crate) fn filled(&mut self, n: usize) {
+        assert!(n <= self.room(), "cannot fill {n} bytes of {}", self.room());
+        self.len += n;
+    }
+}
+
+/// Reading from the front, for all that `bytes` offers.
+impl Buf for IoBuf {
+    fn remaining(&self) -> usize {
+        self.len()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.data()
+    }
+
+    fn advance(&mut self, n: usize) {
+        self.pop(n);
+    }
+}
+
+impl Drop for IoBuf {
+    fn drop(&mut self) {
+        self.pool.give_back(mem::take(&mut self.block));
+    }
+}
+
+impl fmt::Debug for IoBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { head, len, .. } = self;
+        write!(
+            f,
+            "IoBuf {{ head: {head}, len: {len}, capacity: {} }}",
+            self.capacity()
+        )
+    }
+}

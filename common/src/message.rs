@@ -1,0 +1,87 @@
+//! The TLV frame: header, encode, decode (since v04).
+//!
+//! TCP delivers a stream of bytes and not messages: two messages may arrive stuck together, or one
+//! in pieces. So each one is sent with its length before it.
+//!
+//! ```text
+//! 0         4         8                  8 + length
+//! +---------+---------+------------------+
+//! |   id    | length  |     payload      |      id, length: i32, little-endian
+//! +---------+---------+------------------+
+//! ```
+//!
+//! As in the C++ course, so that either end can be of the other kind.
+
+use std::fmt;
+
+use byteorder::{ByteOrder, LittleEndian};
+
+/// The size of a header, in bytes.
+pub const HEADER_LEN: usize = 8;
+
+/// The longest payload, in bytes: a frame of 65,535 bytes, which a block of 64 KiB just holds.
+pub const MAX_PAYLOAD: usize = 65_535 - HEADER_LEN;
+
+/// One message, its payload still where it was received (since v04).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message<'a> {
+    /// What kind of message it is. Any value; what it means is up to the two ends.
+    pub id: i32,
+    /// 0 to [`MAX_PAYLOAD`] bytes.
+    pub payload: &'a [u8],
+}
+
+impl Message<'_> {
+    /// The size of the whole frame, in bytes.
+    pub fn frame_len(&self) -> usize {
+        HEADER_LEN + self.payload.len()
+    }
+}
+
+/// The message at the start of `bytes`, or `None` if it has not all come yet (since v04).
+///
+/// # Errors
+/// [`BadLength`], as soon as the header is there. Where the next frame begins cannot be known then.
+pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
+    let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else {
+        return Ok(None);
+    };
+    let id = LittleEndian::read_i32(&header[..4]);
+    let length = LittleEndian::read_i32(&header[4..]);
+    let length = match usize::try_from(length) {
+        Ok(length) if length <= MAX_PAYLOAD => length,
+        _ => return Err(BadLength(length.into())),
+    };
+    Ok(rest.get(..length).map(|payload| Message { id, payload }))
+}
+
+/// The header of a message with `length` bytes of payload (since v04).
+///
+/// # Errors
+/// [`BadLength`] above [`MAX_PAYLOAD`].
+pub fn encode_header(id: i32, length: usize) -> Result<[u8; HEADER_LEN], BadLength> {
+    let length = match i32::try_from(length) {
+        Ok(value) if length <= MAX_PAYLOAD => value,
+        _ => return Err(BadLength(length.try_into().unwrap_or(i64::MAX))),
+    };
+    let mut header = [0; HEADER_LEN];
+    LittleEndian::write_i32(&mut header[..4], id);
+    LittleEndian::write_i32(&mut header[4..], length);
+    Ok(header)
+}
+
+/// A length that no message has (since v04).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BadLength(pub i64);
+
+impl fmt::Display for BadLength {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "message length {} is not within 0 to {MAX_PAYLOAD}",
+            self.0
+        )
+    }
+}
+
+impl std::error::Error for BadLength {}

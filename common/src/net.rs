@@ -1,0 +1,212 @@
+//! Listening, accepting and what its errors mean, closing without losing the reply (since v01).
+
+use std::io::{self, Read};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
+    sockopt::ReuseAddr,
+};
+use tracing::{debug, info, warn};
+
+/// How many clients the kernel keeps waiting for `accept`.
+///
+/// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn (4096 by default),
+/// and nix takes no more.
+const BACKLOG: i32 = 4096;
+
+/// How long to wait before the next try when `accept` cannot get an fd or memory.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// A listening socket that knows what the errors of `accept` mean (since v01).
+pub struct Listener {
+    socket: TcpListener,
+    /// Inside a shortage, which is logged once and not per attempt.
+    short: bool,
+}
+
+/// What [`Listener::accept`] found.
+pub enum Accepted {
+    /// The next client and its address.
+    Client(TcpStream, SocketAddr),
+    /// Nobody waits. Only a non-blocking listener says so.
+    Nobody,
+    /// No fd or no memory to be had: try again after [`ACCEPT_PAUSE`]. Those who wait stay in the queue.
+    Shortage,
+}
+
+impl Listener {
+    /// Listens on the first of `addrs` that can be had and says so at info level, blocking at first.
+    ///
+    /// # Errors
+    /// That of the last address, EADDRINUSE or EADDRNOTAVAIL as a rule.
+    pub fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
+        let mut result = Err(io::ErrorKind::InvalidInput.into());
+        for addr in addrs {
+            result = listen_on(*addr);
+            if result.is_ok() {
+                break;
+            }
+        }
+        let socket = result?;
+        info!("listening on {}", socket.local_addr()?);
+        Ok(Self {
+            socket,
+            short: false,
+        })
+    }
+
+    /// Makes [`accept`](Self::accept) return [`Accepted::Nobody`] instead of waiting (since v03).
+    ///
+    /// # Errors
+    /// What ioctl(2) says.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        self.socket.set_nonblocking(true)
+    }
+
+    /// Takes the next client out of the queue, in blocking mode waiting for it.
+    pub fn accept(&mut self) -> Accepted {
+        loop {
+            match self.socket.accept() {
+                Ok((stream, peer)) => return Accepted::Client(stream, peer),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    self.shortage_is_over();
+                    return Accepted::Nobody;
+                }
+                Err(err) if concerns_one_client(&err) => debug!("accept: {err}"),
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM, and whatever else: no error of accept is worth dying for while
+                // there are clients to serve.
+                Err(err) => {
+                    if !self.short {
+                        let pause = ACCEPT_PAUSE.as_millis();
+                        warn!("cannot accept: {err}; trying again every {pause} ms");
+                        self.short = true;
+                    }
+                    return Accepted::Shortage;
+                }
+            }
+        }
+    }
+
+    /// Waits for the next client, however long that takes: for a blocking listener.
+    pub fn accept_blocking(&mut self) -> (TcpStream, SocketAddr) {
+        loop {
+            match self.accept() {
+                Accepted::Client(stream, peer) => {
+                    self.shortage_is_over();
+                    return (stream, peer);
+                }
+                Accepted::Nobody | Accepted::Shortage => thread::sleep(ACCEPT_PAUSE),
+            }
+        }
+    }
+
+    /// Refuses all further clients, those in the queue too, and frees the port (since v03).
+    ///
+    /// # Errors
+    /// What shutdown(2) says.
+    pub fn stop(&self) -> io::Result<()> {
+        // Linux takes a listening socket that is shut down for reading out of the LISTEN state.
+        nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Read)?;
+        Ok(())
+    }
+
+    fn shortage_is_over(&mut self) {
+        if self.short {
+            info!("accepting again");
+            self.short = false;
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
+    let family = if addr.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // Without it the port could not be bound again while connections of an earlier server are in TIME_WAIT.
+    setsockopt(&fd, ReuseAddr, &true)?;
+    bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
+    listen(&fd, Backlog::new(BACKLOG)?)?;
+    Ok(TcpListener::from(fd))
+}
+
+/// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which Linux hands on
+/// through `accept` (accept(2), "Error handling"): that client is out of the queue, the next one may be fine.
+fn concerns_one_client(err: &io::Error) -> bool {
+    let Some(code) = err.raw_os_error() else {
+        return false;
+    };
+    matches!(
+        Errno::from_raw(code),
+        Errno::EINTR
+            | Errno::ECONNABORTED
+            | Errno::ENETDOWN
+            | Errno::EPROTO
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::EHOSTUNREACH
+            | Errno::EOPNOTSUPP
+            | Errno::ENETUNREACH
+    )
+}
+
+/// Closes a blocking `stream` so that what was written to it still arrives, in `limit` at the most (since v01).
+///
+/// close(2) on a socket with unread input sends RST instead of FIN, and an RST lets the peer's kernel throw away what
+/// it has not handed on yet. So: say FIN first, read what comes until the peer closes too, and only then close.
+///
+/// # Errors
+/// Those of the peer: it may have reset the connection.
+pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()> {
+    stream.shutdown(Shutdown::Write)?;
+    let deadline = Instant::now() + limit;
+    let mut discarded = [0; 4096];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(&mut discarded) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+    }
+}
+
+/// Lets this process open as many fds as the administrator allows it (since v03).
+///
+/// Shells hand out a soft limit of 1,024 as a rule, for the sake of old programs that use select(2).
+pub fn raise_fd_limit() {
+    let result = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        debug!("at most {hard} fds, {soft} as a rule");
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+    });
+    if let Err(errno) = result {
+        warn!("cannot raise the limit on fds: {errno}");
+    }
+}

@@ -1,0 +1,226 @@
+//! `InputBuf` and `OutputBuf`: between a socket and a block (since v02).
+//!
+//! Both hold a block only while they hold bytes: ten thousand idle connections hold none.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use bytes::Buf;
+use nix::errno::Errno;
+use nix::unistd;
+use tracing::trace;
+
+use crate::buf_pool::{BufPool, PoolError, SIZE_CLASSES};
+use crate::io_buf::IoBuf;
+
+/// The smallest room that is offered to a read, in bytes.
+const MIN_READ: usize = SIZE_CLASSES[0];
+
+/// The largest room that is offered to a read, in bytes: enough that the system call's own cost
+/// no longer counts, and no more than one event should cost the other connections.
+const MAX_READ: usize = SIZE_CLASSES[2];
+
+/// Filled from a socket (since v02).
+pub struct InputBuf {
+    block: Option<IoBuf>,
+    pool: BufPool,
+    /// How much room the next read into an empty buffer is given: a size class that follows what
+    /// the reads before it brought, as Netty's AdaptiveRecvByteBufAllocator does.
+    next_read: usize,
+}
+
+impl InputBuf {
+    /// An empty buffer that takes its blocks from `pool`.
+    pub fn new(pool: &BufPool) -> Self {
+        Self {
+            block: None,
+            pool: pool.clone(),
+            next_read: MIN_READ,
+        }
+    }
+
+    /// Reads once, as much as there is room for, 4 KiB to 64 KiB as a rule, and returns the number
+    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN).
+    ///
+    /// Where there is little room left, it is made: by moving the data to the front, or else in a
+    /// block of the next size.
+    ///
+    /// # Errors
+    /// What read(2) says, and [`PoolError`] as [`io::ErrorKind::OutOfMemory`]. The data stays.
+    pub fn read_from<F: AsFd>(&mut self, fd: F) -> io::Result<Option<usize>> {
+        let room = match &self.block {
+            None => self.next_read,
+            // Half of what is not data, lest data at the end of a block make many small reads.
+            Some(block) => ((block.capacity() - block.len()) / 2).max(1),
+        };
+        let block = with_room(&mut self.block, room, &self.pool)?;
+        let room = block.room();
+        let result = retry_interrupted(|| unistd::read(&fd, block.room_mut()));
+        if let Ok(Some(n)) = result {
+            block.filled(n);
+            trace!(
+                "read: {n} bytes from fd {} into {block:?}",
+                fd.as_fd().as_raw_fd()
+            );
+            self.adapt(n, room);
+        }
+        drop_if_empty(&mut self.block);
+        result
+    }
+
+    fn adapt(&mut self, n: usize, room: usize) {
+        if n == room {
+            self.next_read = (self.next_read * 4).min(MAX_READ);
+        } else if n <= self.next_read / 4 {
+            self.next_read = (self.next_read / 4).max(MIN_READ);
+        }
+    }
+
+    /// The bytes that were read and not taken yet.
+    pub fn len(&self) -> usize {
+        self.block.as_ref().map_or(0, IoBuf::len)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.block.is_none()
+    }
+
+    /// Takes the block with all its bytes out, or `None` if there are none.
+    pub fn take(&mut self) -> Option<IoBuf> {
+        self.block.take()
+    }
+
+    /// Brings the block back that [`take`](Self::take) took, with the bytes that are left in it:
+    /// the next read adds to them.
+    pub fn put_back(&mut self, block: IoBuf) {
+        self.block = Some(block);
+        drop_if_empty(&mut self.block);
+    }
+}
+
+/// Emptied into a socket (since v02).
+pub struct OutputBuf {
+    block: Option<IoBuf>,
+    pool: BufPool,
+}
+
+impl OutputBuf {
+    /// An empty buffer that takes its blocks from `pool`.
+    pub fn new(pool: &BufPool) -> Self {
+        Self {
+            block: None,
+            pool: pool.clone(),
+        }
+    }
+
+    /// Adds all of `data` behind what has not been written yet.
+    ///
+    /// # Errors
+    /// [`PoolError`], if no block holds all of it; nothing is added then.
+    pub fn send_data<B: Buf>(&mut self, mut data: B) -> Result<(), PoolError> {
+        let n = data.remaining();
+        if n == 0 {
+            return Ok(());
+        }
+        let block = with_room(&mut self.block, n, &self.pool)?;
+        data.copy_to_slice(&mut block.room_mut()[..n]);
+        block.filled(n);
+        Ok(())
+    }
+
+    /// Adds a whole block. Where nothing waits before it the block just changes hands, and no byte
+    /// is copied.
+    ///
+    /// # Errors
+    /// [`PoolError`], if no block holds all of it; nothing is added then.
+    pub fn send_block(&mut self, block: IoBuf) -> Result<(), PoolError> {
+        if self.block.is_some() {
+            return self.send_data(block);
+        }
+        self.block = Some(block);
+        drop_if_empty(&mut self.block);
+        Ok(())
+    }
+
+    /// Writes until nothing is left or the socket takes no more for now (EAGAIN), and returns the
+    /// number of bytes written.
+    ///
+    /// # Errors
+    /// What write(2) says, EPIPE and ECONNRESET as a rule.
+    pub fn write_to<F: AsFd>(&mut self, fd: F) -> io::Result<usize> {
+        let mut written = 0;
+        while let Some(block) = &mut self.block {
+            let Some(n) = retry_interrupted(|| unistd::write(&fd, block.data()))? else {
+                break;
+            };
+            trace!(
+                "write: {n} of {} bytes to fd {}",
+                block.len(),
+                fd.as_fd().as_raw_fd()
+            );
+            block.pop(n);
+            written += n;
+            drop_if_empty(&mut self.block);
+        }
+        Ok(written)
+    }
+
+    /// The bytes that have not been written yet.
+    pub fn len(&self) -> usize {
+        self.block.as_ref().map_or(0, IoBuf::len)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.block.is_none()
+    }
+}
+
+/// The block in `slot` with room for `n` more bytes: as it is, or its data moved to the front, or
+/// moved to a larger block. After an error the slot is as it was.
+fn with_room<'a>(
+    slot: &'a mut Option<IoBuf>,
+    n: usize,
+    pool: &BufPool,
+) -> Result<&'a mut IoBuf, PoolError> {
+    let block = match slot.take() {
+        Some(mut block) if block.capacity() - block.len() >= n => {
+            if block.room() < n {
+                block.adjust();
+            }
+            block
+        }
+        old => {
+            let data = old.as_ref().map_or(&[][..], IoBuf::data);
+            match pool.alloc(data.len() + n) {
+                Ok(mut larger) => {
+                    larger.append(data);
+                    larger
+                }
+                Err(err) => {
+                    *slot = old;
+                    return Err(err);
+                }
+            }
+        }
+    };
+    Ok(slot.insert(block))
+}
+
+/// Gives the block in `slot` back to its pool if it holds no bytes.
+fn drop_if_empty(slot: &mut Option<IoBuf>) {
+    slot.take_if(|block| block.is_empty());
+}
+
+/// Repeats a system call that a signal interrupted (EINTR), and makes "not now" (EAGAIN) a value.
+fn retry_interrupted(mut call: impl FnMut() -> nix::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        match call() {
+            Ok(n) => return Ok(Some(n)),
+            Err(Errno::EINTR) => {}
+            Err(Errno::EAGAIN) => return Ok(None),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}

@@ -1,0 +1,48 @@
+//! The server of chapter 1.
+
+use std::io::{self, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use anyhow::Context;
+use common::cli::Addr;
+use common::net::{self, Listener};
+use tracing::{debug, info, trace};
+
+/// What every client gets to read.
+const GREETING: &[u8] = b"hello Lars\n";
+
+/// How long one client may hold up the next by not closing its side.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// One listening socket, one thread, one client at a time.
+pub struct TcpServer {
+    listener: Listener,
+}
+
+impl TcpServer {
+    pub fn new(addr: &Addr) -> anyhow::Result<Self> {
+        let listener =
+            Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
+        Ok(Self { listener })
+    }
+
+    /// Serves one client after the other, for ever.
+    pub fn do_accept(&mut self) -> ! {
+        loop {
+            let (stream, peer) = self.listener.accept_blocking();
+            debug!("{peer}: connected");
+            match self.serve(stream) {
+                Ok(()) => debug!("{peer}: closed"),
+                Err(err) => info!("{peer}: dropped: {err}"),
+            }
+        }
+    }
+
+    fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
+        stream.write_all(GREETING)?;
+        trace!("wrote {} bytes", GREETING.len());
+        // What the client writes is not served, but it must not cost it the greeting.
+        net::close_gracefully(stream, LINGER)
+    }
+}

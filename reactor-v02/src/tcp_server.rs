@@ -1,0 +1,57 @@
+//! The server of chapter 2.
+
+use std::io;
+use std::net::TcpStream;
+
+use anyhow::Context;
+use common::buf_pool::BufPool;
+use common::cli::Addr;
+use common::net::Listener;
+use common::reactor_buf::{InputBuf, OutputBuf};
+use tracing::{debug, info};
+
+/// The most that all buffers together may take, in bytes.
+const POOL_CAP: usize = 1 << 30;
+
+/// One listening socket, one thread, one client at a time.
+pub struct TcpServer {
+    listener: Listener,
+    pool: BufPool,
+}
+
+impl TcpServer {
+    pub fn new(addr: &Addr) -> anyhow::Result<Self> {
+        let listener =
+            Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
+        Ok(Self {
+            listener,
+            pool: BufPool::new(POOL_CAP),
+        })
+    }
+
+    /// Serves one client after the other, for ever.
+    pub fn do_accept(&mut self) -> ! {
+        loop {
+            let (stream, peer) = self.listener.accept_blocking();
+            debug!("{peer}: connected");
+            match self.serve(stream) {
+                Ok(()) => debug!("{peer}: closed"),
+                Err(err) => info!("{peer}: dropped: {err}"),
+            }
+        }
+    }
+
+    /// Echoes until the client has sent its last byte.
+    fn serve(&self, stream: TcpStream) -> io::Result<()> {
+        let mut input = InputBuf::new(&self.pool);
+        let mut output = OutputBuf::new(&self.pool);
+        while input.read_from(&stream)? != Some(0) {
+            if let Some(block) = input.take() {
+                output.send_block(block)?;
+            }
+            // Waits for a client that does not read, and every other client waits with it.
+            output.write_to(&stream)?;
+        }
+        Ok(())
+    }
+}

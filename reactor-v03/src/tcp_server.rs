@@ -1,0 +1,253 @@
+//! The server of chapter 3.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::Context;
+use common::buf_pool::BufPool;
+use common::cli::Addr;
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
+use common::net::{self, Accepted, Listener};
+use common::reactor_buf::{InputBuf, OutputBuf};
+use tracing::{debug, info, trace, warn};
+
+/// The most that all buffers together may take, in bytes.
+const POOL_CAP: usize = 1 << 30;
+
+/// How many clients one event accepts at the most, so that a burst of them leaves those who are
+/// connected their turn.
+const ACCEPTS_PER_EVENT: usize = 64;
+
+/// How long the server goes on, once it is told to stop, to deliver what it has taken in.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// One listening socket, one thread, all clients at once.
+pub struct TcpServer {
+    listener: Listener,
+    token: Token,
+    pool: BufPool,
+    conns: HashMap<Token, Conn>,
+    draining: bool,
+}
+
+/// One client: its socket, and its own bytes on their way in and back out.
+struct Conn {
+    stream: TcpStream,
+    peer: SocketAddr,
+    input: InputBuf,
+    output: OutputBuf,
+    draining: bool,
+}
+
+impl TcpServer {
+    /// Step 1: the listening socket is registered, with `accept_callback` for reading.
+    pub fn new(event_loop: &mut EventLoop<Self>, addr: &Addr) -> anyhow::Result<Self> {
+        net::raise_fd_limit();
+        let listener =
+            Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
+        listener.set_nonblocking()?;
+        let callbacks = Callbacks {
+            read: Some(Self::accept_callback),
+            write: None,
+        };
+        let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
+        let pool = BufPool::new(POOL_CAP);
+        Ok(Self {
+            listener,
+            token,
+            pool,
+            conns: HashMap::new(),
+            draining: false,
+        })
+    }
+
+    /// Step 2: somebody connects, and the listening socket has become readable.
+    fn accept_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        _: Token,
+    ) -> io::Result<()> {
+        trace!("accept_callback: fd {}", server.listener.as_raw_fd());
+        server.do_accept(event_loop)
+    }
+
+    fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
+        for _ in 0..ACCEPTS_PER_EVENT {
+            match self.listener.accept() {
+                Accepted::Client(stream, peer) => {
+                    debug!("{peer}: connected, fd {}", stream.as_raw_fd());
+                    if let Err(err) = self.add_conn(event_loop, stream, peer) {
+                        warn!("{peer}: dropped: {err}");
+                    }
+                }
+                Accepted::Nobody => break,
+                Accepted::Shortage => {
+                    // Those who wait keep the listener readable: watched on, it would spin.
+                    event_loop.set_interest(&self.listener, self.token, Interest::NONE)?;
+                    event_loop.run_after(net::ACCEPT_PAUSE, self.token, Self::resume_callback)?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn resume_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        token: Token,
+    ) -> io::Result<()> {
+        if server.draining {
+            return Ok(());
+        }
+        event_loop.set_interest(&server.listener, token, Interest::READ)
+    }
+
+    /// Step 3: the connection is registered, for reading at first.
+    fn add_conn(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+    ) -> io::Result<()> {
+        stream.set_nonblocking(true)?;
+        let callbacks = Callbacks {
+            read: Some(Self::server_rd_callback),
+            write: Some(Self::server_wt_callback),
+        };
+        let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
+        let input = InputBuf::new(&self.pool);
+        let output = OutputBuf::new(&self.pool);
+        self.conns.insert(
+            token,
+            Conn {
+                stream,
+                peer,
+                input,
+                output,
+                draining: false,
+            },
+        );
+        Ok(())
+    }
+
+    /// Step 4: bytes have come. They are read, and reading is swapped for writing.
+    fn server_rd_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        token: Token,
+    ) -> io::Result<()> {
+        server.with_conn(event_loop, token, Conn::do_read)
+    }
+
+    /// Step 5: there is room for them. They are written, and writing is swapped for reading.
+    fn server_wt_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        token: Token,
+    ) -> io::Result<()> {
+        server.with_conn(event_loop, token, Conn::do_write)
+    }
+
+    /// Gives one connection its turn, and closes it if that was its last one or went wrong.
+    fn with_conn(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        token: Token,
+        turn: fn(&mut Conn, &mut EventLoop<Self>, Token) -> io::Result<ControlFlow<()>>,
+    ) -> io::Result<()> {
+        let Some(conn) = self.conns.get_mut(&token) else {
+            return Ok(());
+        };
+        match turn(conn, event_loop, token) {
+            Ok(ControlFlow::Continue(())) => return Ok(()),
+            Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer),
+            Err(err) => info!("{}: dropped: {err}", conn.peer),
+        }
+        event_loop.del_io_event(&conn.stream, token)?;
+        self.conns.remove(&token);
+        if self.draining && self.conns.is_empty() {
+            event_loop.stop();
+        }
+        Ok(())
+    }
+
+    /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
+    pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
+        event_loop.del_io_event(&self.listener, self.token)?;
+        self.listener.stop()?;
+        self.draining = true;
+        let tokens: Vec<Token> = self.conns.keys().copied().collect();
+        for token in tokens {
+            self.with_conn(event_loop, token, Conn::do_drain)?;
+        }
+        if !self.conns.is_empty() {
+            event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
+            event_loop.event_process(self)?;
+        }
+        info!(
+            "stopped, {} connections cut off; buffers: {}",
+            self.conns.len(),
+            self.pool.stats()
+        );
+        Ok(())
+    }
+}
+
+impl Conn {
+    fn do_read(
+        &mut self,
+        event_loop: &mut EventLoop<TcpServer>,
+        token: Token,
+    ) -> io::Result<ControlFlow<()>> {
+        trace!("server_rd_callback: fd {}", self.stream.as_raw_fd());
+        // The end of the stream: all that came before it has gone back, or this would not be read.
+        if self.input.read_from(&self.stream)? == Some(0) {
+            return Ok(ControlFlow::Break(()));
+        }
+        if let Some(block) = self.input.take() {
+            self.output.send_block(block)?;
+            // A socket has room as a rule, so that the next epoll_wait returns at once.
+            event_loop.set_interest(&self.stream, token, Interest::WRITE)?;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn do_write(
+        &mut self,
+        event_loop: &mut EventLoop<TcpServer>,
+        token: Token,
+    ) -> io::Result<ControlFlow<()>> {
+        trace!("server_wt_callback: fd {}", self.stream.as_raw_fd());
+        self.output.write_to(&self.stream)?;
+        if self.output.is_empty() {
+            if self.draining {
+                return Ok(ControlFlow::Break(()));
+            }
+            event_loop.set_interest(&self.stream, token, Interest::READ)?;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// The server stops: one last read, and no other turn unless there is something to write.
+    fn do_drain(
+        &mut self,
+        event_loop: &mut EventLoop<TcpServer>,
+        token: Token,
+    ) -> io::Result<ControlFlow<()>> {
+        self.draining = true;
+        if self.output.is_empty() && self.do_read(event_loop, token)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        let idle = self.output.is_empty();
+        Ok(if idle {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        })
+    }
+}
