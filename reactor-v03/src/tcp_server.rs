@@ -34,15 +34,6 @@ pub struct TcpServer {
     draining: bool,
 }
 
-/// One client: its socket, and its own bytes on their way in and back out.
-struct Conn {
-    stream: TcpStream,
-    peer: SocketAddr,
-    input: InputBuf,
-    output: OutputBuf,
-    draining: bool,
-}
-
 impl TcpServer {
     /// Step 1: the listening socket is registered, with `accept_callback` for reading.
     pub fn new(event_loop: &mut EventLoop<Self>, addr: &Addr) -> anyhow::Result<Self> {
@@ -114,43 +105,9 @@ impl TcpServer {
         stream: TcpStream,
         peer: SocketAddr,
     ) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
-        let callbacks = Callbacks {
-            read: Some(Self::server_rd_callback),
-            write: Some(Self::server_wt_callback),
-        };
-        let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
-        let input = InputBuf::new(&self.pool);
-        let output = OutputBuf::new(&self.pool);
-        self.conns.insert(
-            token,
-            Conn {
-                stream,
-                peer,
-                input,
-                output,
-                draining: false,
-            },
-        );
+        let conn = Conn::new(event_loop, stream, peer, &self.pool)?;
+        self.conns.insert(conn.token, conn);
         Ok(())
-    }
-
-    /// Step 4: bytes have come. They are read, and reading is swapped for writing.
-    fn server_rd_callback(
-        event_loop: &mut EventLoop<Self>,
-        server: &mut Self,
-        token: Token,
-    ) -> io::Result<()> {
-        server.with_conn(event_loop, token, Conn::do_read)
-    }
-
-    /// Step 5: there is room for them. They are written, and writing is swapped for reading.
-    fn server_wt_callback(
-        event_loop: &mut EventLoop<Self>,
-        server: &mut Self,
-        token: Token,
-    ) -> io::Result<()> {
-        server.with_conn(event_loop, token, Conn::do_write)
     }
 
     /// Gives one connection its turn, and closes it if that was its last one or went wrong.
@@ -158,17 +115,17 @@ impl TcpServer {
         &mut self,
         event_loop: &mut EventLoop<Self>,
         token: Token,
-        turn: fn(&mut Conn, &mut EventLoop<Self>, Token) -> io::Result<ControlFlow<()>>,
+        turn: fn(&mut Conn, &mut EventLoop<Self>) -> io::Result<ControlFlow<()>>,
     ) -> io::Result<()> {
         let Some(conn) = self.conns.get_mut(&token) else {
             return Ok(());
         };
-        match turn(conn, event_loop, token) {
+        match turn(conn, event_loop) {
             Ok(ControlFlow::Continue(())) => return Ok(()),
             Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer),
             Err(err) => info!("{}: dropped: {err}", conn.peer),
         }
-        event_loop.del_io_event(&conn.stream, token)?;
+        conn.clean_conn(event_loop)?;
         self.conns.remove(&token);
         if self.draining && self.conns.is_empty() {
             event_loop.stop();
@@ -198,49 +155,70 @@ impl TcpServer {
     }
 }
 
+/// One client: its socket, and its own bytes on their way in and back out.
+struct Conn {
+    stream: TcpStream,
+    peer: SocketAddr,
+    token: Token,
+    input: InputBuf,
+    output: OutputBuf,
+    draining: bool,
+}
+
 impl Conn {
-    fn do_read(
-        &mut self,
+    fn new(
         event_loop: &mut EventLoop<TcpServer>,
-        token: Token,
-    ) -> io::Result<ControlFlow<()>> {
+        stream: TcpStream,
+        peer: SocketAddr,
+        pool: &BufPool,
+    ) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        let callbacks = Callbacks {
+            read: Some(server_rd_callback),
+            write: Some(server_wt_callback),
+        };
+        let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
+        let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
+        Ok(Self {
+            stream,
+            peer,
+            token,
+            input,
+            output,
+            draining: false,
+        })
+    }
+
+    fn do_read(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
         trace!("server_rd_callback: fd {}", self.stream.as_raw_fd());
-        // The end of the stream: all that came before it has gone back, or this would not be read.
+        // At the end of the stream nothing is left to write, or this would not have been read.
         if self.input.read_from(&self.stream)? == Some(0) {
             return Ok(ControlFlow::Break(()));
         }
         if let Some(block) = self.input.take() {
             self.output.send_block(block)?;
-            // A socket has room as a rule, so that the next epoll_wait returns at once.
-            event_loop.set_interest(&self.stream, token, Interest::WRITE)?;
+            // A socket has room as a rule: the next epoll_wait will return at once.
+            event_loop.set_interest(&self.stream, self.token, Interest::WRITE)?;
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    fn do_write(
-        &mut self,
-        event_loop: &mut EventLoop<TcpServer>,
-        token: Token,
-    ) -> io::Result<ControlFlow<()>> {
+    fn do_write(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
         trace!("server_wt_callback: fd {}", self.stream.as_raw_fd());
         self.output.write_to(&self.stream)?;
         if self.output.is_empty() {
             if self.draining {
                 return Ok(ControlFlow::Break(()));
             }
-            event_loop.set_interest(&self.stream, token, Interest::READ)?;
+            event_loop.set_interest(&self.stream, self.token, Interest::READ)?;
         }
         Ok(ControlFlow::Continue(()))
     }
 
     /// The server stops: one last read, and no other turn unless there is something to write.
-    fn do_drain(
-        &mut self,
-        event_loop: &mut EventLoop<TcpServer>,
-        token: Token,
-    ) -> io::Result<ControlFlow<()>> {
+    fn do_drain(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
         self.draining = true;
-        if self.output.is_empty() && self.do_read(event_loop, token)?.is_break() {
+        if self.output.is_empty() && self.do_read(event_loop)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
         let idle = self.output.is_empty();
@@ -250,4 +228,26 @@ impl Conn {
             ControlFlow::Continue(())
         })
     }
+
+    fn clean_conn(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<()> {
+        event_loop.del_io_event(&self.stream, self.token)
+    }
+}
+
+/// Step 4: bytes have come. They are read, and reading is swapped for writing.
+fn server_rd_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    server.with_conn(event_loop, token, Conn::do_read)
+}
+
+/// Step 5: there is room for them. They are written, and writing is swapped for reading.
+fn server_wt_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    server.with_conn(event_loop, token, Conn::do_write)
 }

@@ -1,0 +1,157 @@
+//! The server of chapter 4.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::ops::ControlFlow;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::Context;
+use common::buf_pool::BufPool;
+use common::cli::Addr;
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
+use common::net::{self, Accepted, Listener};
+use tracing::{debug, info, trace, warn};
+
+use crate::tcp_conn::TcpConn;
+
+/// The most that all buffers together may take, in bytes.
+const POOL_CAP: usize = 1 << 30;
+
+/// How many clients one event accepts at the most, so that a burst of them leaves those who are
+/// connected their turn.
+const ACCEPTS_PER_EVENT: usize = 64;
+
+/// How long the server goes on, once it is told to stop, to deliver what it has taken in.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// One listening socket, one thread, all clients at once.
+pub struct TcpServer {
+    listener: Listener,
+    token: Token,
+    pool: BufPool,
+    conns: HashMap<Token, TcpConn>,
+    draining: bool,
+}
+
+impl TcpServer {
+    /// Step 1: the listening socket is registered, with `accept_callback` for reading.
+    pub fn new(event_loop: &mut EventLoop<Self>, addr: &Addr) -> anyhow::Result<Self> {
+        net::raise_fd_limit();
+        let listener =
+            Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
+        listener.set_nonblocking()?;
+        let callbacks = Callbacks {
+            read: Some(Self::accept_callback),
+            write: None,
+        };
+        let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
+        let pool = BufPool::new(POOL_CAP);
+        Ok(Self {
+            listener,
+            token,
+            pool,
+            conns: HashMap::new(),
+            draining: false,
+        })
+    }
+
+    /// Step 2: somebody connects, and the listening socket has become readable.
+    fn accept_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        _: Token,
+    ) -> io::Result<()> {
+        trace!("accept_callback: fd {}", server.listener.as_raw_fd());
+        server.do_accept(event_loop)
+    }
+
+    fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
+        for _ in 0..ACCEPTS_PER_EVENT {
+            match self.listener.accept() {
+                Accepted::Client(stream, peer) => {
+                    debug!("{peer}: connected, fd {}", stream.as_raw_fd());
+                    if let Err(err) = self.add_conn(event_loop, stream, peer) {
+                        warn!("{peer}: dropped: {err}");
+                    }
+                }
+                Accepted::Nobody => break,
+                Accepted::Shortage => {
+                    // Those who wait keep the listener readable: watched on, it would spin.
+                    event_loop.set_interest(&self.listener, self.token, Interest::NONE)?;
+                    event_loop.run_after(net::ACCEPT_PAUSE, self.token, Self::resume_callback)?;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn resume_callback(
+        event_loop: &mut EventLoop<Self>,
+        server: &mut Self,
+        token: Token,
+    ) -> io::Result<()> {
+        if server.draining {
+            return Ok(());
+        }
+        event_loop.set_interest(&server.listener, token, Interest::READ)
+    }
+
+    /// Step 3: the connection is registered, for reading at first.
+    fn add_conn(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        stream: TcpStream,
+        peer: SocketAddr,
+    ) -> io::Result<()> {
+        let conn = TcpConn::new(event_loop, stream, peer, &self.pool)?;
+        self.conns.insert(conn.token(), conn);
+        Ok(())
+    }
+
+    /// Gives one connection its turn, and closes it if that was its last one or went wrong.
+    pub fn with_conn(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        token: Token,
+        turn: fn(&mut TcpConn, &mut EventLoop<Self>) -> io::Result<ControlFlow<()>>,
+    ) -> io::Result<()> {
+        let Some(conn) = self.conns.get_mut(&token) else {
+            return Ok(());
+        };
+        match turn(conn, event_loop) {
+            Ok(ControlFlow::Continue(())) => return Ok(()),
+            Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer()),
+            Err(err) => info!("{}: dropped: {err}", conn.peer()),
+        }
+        conn.clean_conn(event_loop)?;
+        self.conns.remove(&token);
+        if self.draining && self.conns.is_empty() {
+            event_loop.stop();
+        }
+        Ok(())
+    }
+
+    /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
+    pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
+        event_loop.del_io_event(&self.listener, self.token)?;
+        self.listener.stop()?;
+        self.draining = true;
+        let tokens: Vec<Token> = self.conns.keys().copied().collect();
+        for token in tokens {
+            self.with_conn(event_loop, token, TcpConn::do_drain)?;
+        }
+        if !self.conns.is_empty() {
+            event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
+            event_loop.event_process(self)?;
+        }
+        info!(
+            "stopped, {} connections cut off; buffers: {}",
+            self.conns.len(),
+            self.pool.stats()
+        );
+        Ok(())
+    }
+}
