@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -137,17 +137,42 @@ impl AsRawFd for Listener {
 }
 
 fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
-    let family = if addr.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
-    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let fd = tcp_socket(addr, SockFlag::empty())?;
     // Without it the port could not be bound again while connections of an earlier server are in TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
     bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
     listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok(TcpListener::from(fd))
+}
+
+/// Starts to connect to `addr` without waiting for it (since v04).
+///
+/// How it went is known when the socket becomes writable: `TcpStream::take_error` (SO_ERROR) then
+/// says `None` or why it failed.
+///
+/// # Errors
+/// What socket(2) says, and what connect(2) can say at once, ENETUNREACH for example.
+pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
+    let fd = tcp_socket(addr, SockFlag::SOCK_NONBLOCK)?;
+    match nix::sys::socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
+        // EINTR: the attempt goes on all the same.
+        Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
+    let family = if addr.is_ipv4() {
+        AddressFamily::Inet
+    } else {
+        AddressFamily::Inet6
+    };
+    socket(
+        family,
+        SockType::Stream,
+        SockFlag::SOCK_CLOEXEC | flags,
+        None,
+    )
 }
 
 /// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which Linux hands on

@@ -7,7 +7,6 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::builder::{TypedValueParser, ValueParser};
 use common::cli::{self, Addr};
 use common::event_loop::EventLoop;
 
@@ -41,7 +40,10 @@ struct Args {
 }
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let seconds = text
+        .parse()
+        .ok()
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     // A day is past any use, and far from what a timer cannot count any more.
     seconds
         .filter(|timeout| !timeout.is_zero() && *timeout <= Duration::from_secs(24 * 60 * 60))
