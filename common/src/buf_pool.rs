@@ -11,15 +11,8 @@ const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
 /// The sizes in which blocks come, in bytes, the smallest first.
-pub const SIZE_CLASSES: [usize; 7] = [
-    4 * KIB,
-    16 * KIB,
-    64 * KIB,
-    256 * KIB,
-    MIB,
-    4 * MIB,
-    8 * MIB,
-];
+pub const SIZE_CLASSES: [usize; 7] =
+    [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB];
 
 /// The size of the largest block, in bytes.
 pub const MAX_BLOCK: usize = 8 * MIB;
@@ -50,13 +43,7 @@ impl BufPool {
     /// An empty pool that will hold `cap` bytes at the most, blocks in use and free ones taken together.
     pub fn new(cap: usize) -> Self {
         let classes = Default::default();
-        Self(Rc::new(RefCell::new(Blocks {
-            cap,
-            in_use: 0,
-            free: 0,
-            high_water: 0,
-            classes,
-        })))
+        Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, high_water: 0, classes })))
     }
 
     /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
@@ -81,30 +68,13 @@ impl BufPool {
     pub fn stats(&self) -> PoolStats {
         let blocks = self.0.borrow();
         let mut classes = [ClassStats::default(); SIZE_CLASSES.len()];
-        for (stats, (size, class)) in classes
-            .iter_mut()
-            .zip(SIZE_CLASSES.iter().zip(&blocks.classes))
+        for (stats, (size, class)) in
+            classes.iter_mut().zip(SIZE_CLASSES.iter().zip(&blocks.classes))
         {
-            *stats = ClassStats {
-                size: *size,
-                in_use: class.in_use,
-                free: class.free.len(),
-            };
+            *stats = ClassStats { size: *size, in_use: class.in_use, free: class.free.len() };
         }
-        let Blocks {
-            cap,
-            in_use,
-            free,
-            high_water,
-            ..
-        } = *blocks;
-        PoolStats {
-            cap,
-            in_use,
-            free,
-            high_water,
-            classes,
-        }
+        let Blocks { cap, in_use, free, high_water, .. } = *blocks;
+        PoolStats { cap, in_use, free, high_water, classes }
     }
 }
 
@@ -118,10 +88,7 @@ impl Blocks {
             }
             None => {
                 if self.cap.saturating_sub(self.in_use) < size {
-                    return Err(PoolError::CapReached {
-                        asked: size,
-                        cap: self.cap,
-                    });
+                    return Err(PoolError::CapReached { asked: size, cap: self.cap });
                 }
                 self.make_room_for(size);
                 // Zeroed by the kernel and not here: a large block costs memory only where it has been written to.
@@ -225,15 +192,7 @@ pub struct ClassStats {
 
 impl fmt::Display for PoolStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            in_use,
-            free,
-            high_water,
-            ..
-        } = self;
-        write!(
-            f,
-            "{in_use} B in use, {free} B free, {high_water} B at most"
-        )
+        let Self { in_use, free, high_water, .. } = self;
+        write!(f, "{in_use} B in use, {free} B free, {high_water} B at most")
     }
 }

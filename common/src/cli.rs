@@ -46,17 +46,12 @@ impl FromStr for Addr {
     /// Resolves the name too, so that a mistake is found before anything starts.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let hint = "expected HOST:PORT, as in 127.0.0.1:7777, [::1]:7777 or localhost:7777";
-        let resolved: Vec<_> = text
-            .to_socket_addrs()
-            .map_err(|err| format!("{err}; {hint}"))?
-            .collect();
+        let resolved: Vec<_> =
+            text.to_socket_addrs().map_err(|err| format!("{err}; {hint}"))?.collect();
         if resolved.is_empty() {
             return Err(format!("the name has no address; {hint}"));
         }
-        Ok(Self {
-            text: text.to_owned(),
-            resolved,
-        })
+        Ok(Self { text: text.to_owned(), resolved })
     }
 }
 
@@ -94,9 +89,7 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
 
 /// Logs to stderr at the levels that RUST_LOG names (`trace`, or `info,reactor_v03=trace`), else at info.
 fn start_log() {
-    let spec = std::env::var("RUST_LOG")
-        .ok()
-        .filter(|spec| !spec.is_empty());
+    let spec = std::env::var("RUST_LOG").ok().filter(|spec| !spec.is_empty());
     let parsed = spec.as_deref().map(str::parse::<Targets>).transpose();
     let default = Targets::new().with_default(LevelFilter::INFO);
     let (levels, mistake) = match parsed {
@@ -110,10 +103,7 @@ fn start_log() {
         .with_timer(uptime())
         .with_target(false)
         .log_internal_errors(false);
-    tracing_subscriber::registry()
-        .with(lines)
-        .with(levels)
-        .init();
+    tracing_subscriber::registry().with(lines).with(levels).init();
     if let Some(err) = mistake {
         warn!("RUST_LOG is not understood ({err}), logging at info");
     }
@@ -126,10 +116,7 @@ impl LogWriter {
     fn put(&self, line: &[u8]) {
         let stderr = io::stderr();
         // A write to a pipe that is full, or to a stopped terminal, would block the whole server: ask first.
-        let mut room = [PollFd::new(
-            std::os::fd::AsFd::as_fd(&stderr),
-            PollFlags::POLLOUT,
-        )];
+        let mut room = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
         if poll(&mut room, PollTimeout::ZERO) == Ok(1) {
             let _ = nix::unistd::write(&stderr, &line[..line.len().min(PIPE_BUF)]);
         }

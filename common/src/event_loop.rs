@@ -43,20 +43,11 @@ pub struct Interest {
 
 impl Interest {
     /// Nothing but errors, which cannot be masked.
-    pub const NONE: Self = Self {
-        read: false,
-        write: false,
-    };
+    pub const NONE: Self = Self { read: false, write: false };
     /// Only reading.
-    pub const READ: Self = Self {
-        read: true,
-        write: false,
-    };
+    pub const READ: Self = Self { read: true, write: false };
     /// Only writing.
-    pub const WRITE: Self = Self {
-        read: false,
-        write: true,
-    };
+    pub const WRITE: Self = Self { read: false, write: true };
 
     fn flags(self) -> EpollFlags {
         let mut flags = EpollFlags::empty();
@@ -90,18 +81,12 @@ impl Token {
     }
 
     fn from_u64(data: u64) -> Self {
-        Self {
-            slot: data as u32,
-            generation: (data >> 32) as u32,
-        }
+        Self { slot: data as u32, generation: (data >> 32) as u32 }
     }
 }
 
 /// The loop's own timer fd has no slot.
-const TIMER: Token = Token {
-    slot: 0,
-    generation: 0,
-};
+const TIMER: Token = Token { slot: 0, generation: 0 };
 
 /// Names one timer, for [`EventLoop::cancel_timer`] (since v03). In the order in which they are due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -171,30 +156,19 @@ impl<S> EventLoop<S> {
     ) -> io::Result<Token> {
         if self.free_slots.is_empty() {
             let slot = u32::try_from(self.slots.len()).map_err(io::Error::other)?;
-            self.slots.push(Slot {
-                generation: 0,
-                registration: None,
-            });
+            self.slots.push(Slot { generation: 0, registration: None });
             self.free_slots.push(slot);
         }
         let slot = self.free_slots[self.free_slots.len() - 1];
         let generation = self.slots[slot as usize].generation.wrapping_add(1).max(1);
         let token = Token { slot, generation };
-        self.epoll
-            .add(&fd, EpollEvent::new(interest.flags(), token.to_u64()))?;
+        self.epoll.add(&fd, EpollEvent::new(interest.flags(), token.to_u64()))?;
 
         let fd = fd.as_fd().as_raw_fd();
         trace!("epoll_ctl: add fd {fd}, {interest}");
         self.free_slots.pop();
-        let registration = Some(Registration {
-            fd,
-            interest,
-            callbacks,
-        });
-        self.slots[slot as usize] = Slot {
-            generation,
-            registration,
-        };
+        let registration = Some(Registration { fd, interest, callbacks });
+        self.slots[slot as usize] = Slot { generation, registration };
         Ok(token)
     }
 
@@ -209,19 +183,12 @@ impl<S> EventLoop<S> {
         token: Token,
         interest: Interest,
     ) -> io::Result<()> {
-        let old = self
-            .registration(token)
-            .ok_or(io::ErrorKind::NotFound)?
-            .interest;
+        let old = self.registration(token).ok_or(io::ErrorKind::NotFound)?.interest;
         if interest == old {
             return Ok(());
         }
-        self.epoll
-            .modify(&fd, &mut EpollEvent::new(interest.flags(), token.to_u64()))?;
-        trace!(
-            "epoll_ctl: fd {}, {old} -> {interest}",
-            fd.as_fd().as_raw_fd()
-        );
+        self.epoll.modify(&fd, &mut EpollEvent::new(interest.flags(), token.to_u64()))?;
+        trace!("epoll_ctl: fd {}, {old} -> {interest}", fd.as_fd().as_raw_fd());
         if let Some(registration) = &mut self.slots[token.slot as usize].registration {
             registration.interest = interest;
         }
@@ -253,10 +220,7 @@ impl<S> EventLoop<S> {
         callback: IoCallback<S>,
     ) -> io::Result<TimerId> {
         self.timers_set += 1;
-        let id = TimerId {
-            due: Instant::now() + delay,
-            number: self.timers_set,
-        };
+        let id = TimerId { due: Instant::now() + delay, number: self.timers_set };
         self.timers.insert(id, (token, callback));
         self.set_timer()?;
         Ok(id)
@@ -314,12 +278,7 @@ impl<S> EventLoop<S> {
         // be told, or the loop spins.
         let fault = ready.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         // An earlier callback of this batch may have deregistered it.
-        let Some(Registration {
-            fd,
-            interest,
-            callbacks,
-        }) = self.registration(token)
-        else {
+        let Some(Registration { fd, interest, callbacks }) = self.registration(token) else {
             trace!("an event for a registration that is gone");
             return Ok(());
         };
@@ -336,12 +295,7 @@ impl<S> EventLoop<S> {
         }
 
         // So may the one just called.
-        let Some(Registration {
-            interest,
-            callbacks,
-            ..
-        }) = self.registration(token)
-        else {
+        let Some(Registration { interest, callbacks, .. }) = self.registration(token) else {
             return Ok(());
         };
         match callbacks.write {
@@ -354,9 +308,7 @@ impl<S> EventLoop<S> {
 
     fn registration(&self, token: Token) -> Option<&Registration<S>> {
         let slot = self.slots.get(token.slot as usize)?;
-        slot.registration
-            .as_ref()
-            .filter(|_| slot.generation == token.generation)
+        slot.registration.as_ref().filter(|_| slot.generation == token.generation)
     }
 
     fn run_timers(&mut self, state: &mut S) -> io::Result<()> {
@@ -383,10 +335,8 @@ impl<S> EventLoop<S> {
             return Ok(());
         };
         // A zero would disarm it.
-        let delay = first
-            .due
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_nanos(1));
+        let delay =
+            first.due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
         let expiration = Expiration::OneShot(TimeSpec::from_duration(delay));
         self.timer.set(expiration, TimerSetTimeFlags::empty())?;
         Ok(())
@@ -410,10 +360,6 @@ impl fmt::Display for Ready {
                 separator = "|";
             }
         }
-        if separator.is_empty() {
-            f.write_str("nothing")
-        } else {
-            Ok(())
-        }
+        if separator.is_empty() { f.write_str("nothing") } else { Ok(()) }
     }
 }

@@ -27,12 +27,7 @@ pub struct IoBuf {
 
 impl IoBuf {
     pub(crate) fn new(block: Box<[u8]>, pool: BufPool) -> Self {
-        Self {
-            block,
-            head: 0,
-            len: 0,
-            pool,
-        }
+        Self { block, head: 0, len: 0, pool }
     }
 
     /// The size of the block, in bytes.
@@ -131,10 +126,6 @@ impl Drop for IoBuf {
 impl fmt::Debug for IoBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { head, len, .. } = self;
-        write!(
-            f,
-            "IoBuf {{ head: {head}, len: {len}, capacity: {} }}",
-            self.capacity()
-        )
+        write!(f, "IoBuf {{ head: {head}, len: {len}, capacity: {} }}", self.capacity())
     }
 }

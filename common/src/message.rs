@@ -76,11 +76,7 @@ pub struct BadLength(pub i64);
 
 impl fmt::Display for BadLength {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "message length {} is not within 0 to {MAX_PAYLOAD}",
-            self.0
-        )
+        write!(f, "message length {} is not within 0 to {MAX_PAYLOAD}", self.0)
     }
 }
 

@@ -55,10 +55,7 @@ impl Listener {
         }
         let socket = result?;
         info!("listening on {}", socket.local_addr()?);
-        Ok(Self {
-            socket,
-            short: false,
-        })
+        Ok(Self { socket, short: false })
     }
 
     /// Makes [`accept`](Self::accept) return [`Accepted::Nobody`] instead of waiting (since v03).
@@ -162,17 +159,8 @@ pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
 }
 
 fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
-    let family = if addr.is_ipv4() {
-        AddressFamily::Inet
-    } else {
-        AddressFamily::Inet6
-    };
-    socket(
-        family,
-        SockType::Stream,
-        SockFlag::SOCK_CLOEXEC | flags,
-        None,
-    )
+    let family = if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
 /// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which Linux hands on

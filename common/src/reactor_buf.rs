@@ -32,11 +32,7 @@ pub struct InputBuf {
 impl InputBuf {
     /// An empty buffer that takes its blocks from `pool`.
     pub fn new(pool: &BufPool) -> Self {
-        Self {
-            block: None,
-            pool: pool.clone(),
-            next_read: MIN_READ,
-        }
+        Self { block: None, pool: pool.clone(), next_read: MIN_READ }
     }
 
     /// Reads once, as much as there is room for, 4 KiB to 64 KiB as a rule, and returns the number
@@ -58,10 +54,7 @@ impl InputBuf {
         let result = retry_interrupted(|| unistd::read(&fd, block.room_mut()));
         if let Ok(Some(n)) = result {
             block.filled(n);
-            trace!(
-                "read: {n} bytes from fd {} into {block:?}",
-                fd.as_fd().as_raw_fd()
-            );
+            trace!("read: {n} bytes from fd {} into {block:?}", fd.as_fd().as_raw_fd());
             self.adapt(n, room);
         }
         drop_if_empty(&mut self.block);
@@ -108,10 +101,7 @@ pub struct OutputBuf {
 impl OutputBuf {
     /// An empty buffer that takes its blocks from `pool`.
     pub fn new(pool: &BufPool) -> Self {
-        Self {
-            block: None,
-            pool: pool.clone(),
-        }
+        Self { block: None, pool: pool.clone() }
     }
 
     /// Adds all of `data` behind what has not been written yet.
@@ -154,11 +144,7 @@ impl OutputBuf {
             let Some(n) = retry_interrupted(|| unistd::write(&fd, block.data()))? else {
                 break;
             };
-            trace!(
-                "write: {n} of {} bytes to fd {}",
-                block.len(),
-                fd.as_fd().as_raw_fd()
-            );
+            trace!("write: {n} of {} bytes to fd {}", block.len(), fd.as_fd().as_raw_fd());
             block.pop(n);
             written += n;
             drop_if_empty(&mut self.block);

@@ -24,16 +24,9 @@ impl StopSignals {
         let held_back = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
         held_back.thread_block()?;
         let fd = SignalFd::with_flags(&held_back, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        let callbacks = Callbacks {
-            read: Some(EventLoop::stop_callback),
-            write: None,
-        };
+        let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
         let token = event_loop.add_io_event(&fd, Interest::READ, callbacks)?;
-        Ok(Self {
-            held_back,
-            fd,
-            token,
-        })
+        Ok(Self { held_back, fd, token })
     }
 
     /// Takes the signals that have come and gives the next one its default effect back: who presses Ctrl-C a second

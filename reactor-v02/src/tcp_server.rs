@@ -23,10 +23,7 @@ impl TcpServer {
     pub fn new(addr: &Addr) -> anyhow::Result<Self> {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
-        Ok(Self {
-            listener,
-            pool: BufPool::new(POOL_CAP),
-        })
+        Ok(Self { listener, pool: BufPool::new(POOL_CAP) })
     }
 
     /// Serves one client after the other, for ever.

@@ -41,19 +41,10 @@ impl TcpServer {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         listener.set_nonblocking()?;
-        let callbacks = Callbacks {
-            read: Some(Self::accept_callback),
-            write: None,
-        };
+        let callbacks = Callbacks { read: Some(Self::accept_callback), write: None };
         let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
         let pool = BufPool::new(POOL_CAP);
-        Ok(Self {
-            listener,
-            token,
-            pool,
-            conns: HashMap::new(),
-            draining: false,
-        })
+        Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
     }
 
     /// Step 2: somebody connects, and the listening socket has become readable.
@@ -146,11 +137,7 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        info!(
-            "stopped, {} connections cut off; buffers: {}",
-            self.conns.len(),
-            self.pool.stats()
-        );
+        info!("stopped, {} connections cut off; buffers: {}", self.conns.len(), self.pool.stats());
         Ok(())
     }
 }
@@ -173,20 +160,11 @@ impl Conn {
         pool: &BufPool,
     ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        let callbacks = Callbacks {
-            read: Some(server_rd_callback),
-            write: Some(server_wt_callback),
-        };
+        let callbacks =
+            Callbacks { read: Some(server_rd_callback), write: Some(server_wt_callback) };
         let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
         let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
-        Ok(Self {
-            stream,
-            peer,
-            token,
-            input,
-            output,
-            draining: false,
-        })
+        Ok(Self { stream, peer, token, input, output, draining: false })
     }
 
     fn do_read(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
@@ -222,11 +200,7 @@ impl Conn {
             return Ok(ControlFlow::Break(()));
         }
         let idle = self.output.is_empty();
-        Ok(if idle {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        })
+        Ok(if idle { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
     }
 
     fn clean_conn(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<()> {

@@ -18,10 +18,7 @@ pub struct Lines {
 
 impl Lines {
     pub fn new(pool: &BufPool) -> Self {
-        Self {
-            input: InputBuf::new(pool),
-            count: 0,
-        }
+        Self { input: InputBuf::new(pool), count: 0 }
     }
 
     /// Reads standard input once, adds the lines that are whole to `lines`, without their line
@@ -31,10 +28,7 @@ impl Lines {
     /// A line is longer than a message may be, or read(2) fails. The lines before that have been
     /// added; no more can be had.
     pub fn read(&mut self, lines: &mut VecDeque<Bytes>) -> anyhow::Result<bool> {
-        let n = self
-            .input
-            .read_from(io::stdin())
-            .context("cannot read standard input")?;
+        let n = self.input.read_from(io::stdin()).context("cannot read standard input")?;
         let Some(mut block) = self.input.take() else {
             return Ok(n != Some(0));
         };
@@ -53,10 +47,7 @@ impl Lines {
     fn add(&mut self, line: &[u8], lines: &mut VecDeque<Bytes>) -> anyhow::Result<()> {
         self.count += 1;
         if line.len() > MAX_PAYLOAD {
-            bail!(
-                "line {} of standard input is over the limit of {MAX_PAYLOAD} bytes",
-                self.count
-            );
+            bail!("line {} of standard input is over the limit of {MAX_PAYLOAD} bytes", self.count);
         }
         // A copy: a slice of the block would keep all of it in use until the reply has come.
         lines.push_back(Bytes::copy_from_slice(line));

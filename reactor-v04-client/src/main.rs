@@ -40,10 +40,7 @@ struct Args {
 }
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text
-        .parse()
-        .ok()
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     // A day is past any use, and far from what a timer cannot count any more.
     seconds
         .filter(|timeout| !timeout.is_zero() && *timeout <= Duration::from_secs(24 * 60 * 60))

@@ -189,10 +189,7 @@ impl TcpClient {
         let what = match conn.input.read_from(&conn.stream) {
             Ok(None) => return Ok(()),
             Ok(Some(0)) if conn.write_error.is_none() && !conn.input.is_empty() => {
-                format!(
-                    "closed the connection {} bytes into a message",
-                    conn.input.len()
-                )
+                format!("closed the connection {} bytes into a message", conn.input.len())
             }
             Ok(Some(0)) => match conn.write_error.take() {
                 None => "closed the connection".to_owned(),
@@ -201,20 +198,14 @@ impl TcpClient {
             Err(err) => format!("connection lost: {err}"),
             Ok(Some(_)) => {
                 let handled = self.handle_messages();
-                self.stdout
-                    .flush()
-                    .context("cannot write to standard output")?;
+                self.stdout.flush().context("cannot write to standard output")?;
                 handled?;
                 // Only now: standard output may have kept this program waiting, and not the server.
                 self.heard = Instant::now();
                 return self.do_write(event_loop);
             }
         };
-        let why = anyhow!(
-            "{}: {what}, {} messages unanswered",
-            conn.peer,
-            self.unanswered.len()
-        );
+        let why = anyhow!("{}: {what}, {} messages unanswered", conn.peer, self.unanswered.len());
         self.lost(event_loop, why)
     }
 
@@ -291,10 +282,7 @@ impl TcpClient {
             && self.conn.as_ref().is_some_and(|conn| conn.connected);
         match self.stdin {
             StdinWatch::Off if wanted => {
-                let callbacks = Callbacks {
-                    read: Some(stdin_callback),
-                    write: None,
-                };
+                let callbacks = Callbacks { read: Some(stdin_callback), write: None };
                 self.stdin = match event_loop.add_io_event(io::stdin(), Interest::READ, callbacks) {
                     Ok(token) => StdinWatch::Registered(token),
                     Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
@@ -339,10 +327,7 @@ impl TcpClient {
             return self.watch_for_silence(event_loop);
         }
         if conn.connected {
-            let why = anyhow!(
-                "{}: silent for {timeout:?}, {n} messages unanswered",
-                conn.peer
-            );
+            let why = anyhow!("{}: silent for {timeout:?}, {n} messages unanswered", conn.peer);
             return self.lost(event_loop, why);
         }
         let (peer, timed_out) = (conn.peer, io::ErrorKind::TimedOut.into());
@@ -359,21 +344,10 @@ impl Conn {
     ) -> io::Result<Self> {
         let stream = net::connect(peer)?;
         stream.set_nodelay(true)?;
-        let callbacks = Callbacks {
-            read: None,
-            write: Some(connected_callback),
-        };
+        let callbacks = Callbacks { read: None, write: Some(connected_callback) };
         let token = event_loop.add_io_event(&stream, Interest::WRITE, callbacks)?;
         let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
-        Ok(Self {
-            stream,
-            peer,
-            token,
-            connected: false,
-            input,
-            output,
-            write_error: None,
-        })
+        Ok(Self { stream, peer, token, connected: false, input, output, write_error: None })
     }
 
     /// Finds out how connecting went, and swaps the callbacks if it went well.
@@ -383,10 +357,7 @@ impl Conn {
         }
         debug!("connected to {}", self.peer);
         event_loop.del_io_event(&self.stream, self.token)?;
-        let callbacks = Callbacks {
-            read: Some(conn_rd_callback),
-            write: Some(conn_wt_callback),
-        };
+        let callbacks = Callbacks { read: Some(conn_rd_callback), write: Some(conn_wt_callback) };
         self.token = event_loop.add_io_event(&self.stream, Interest::READ, callbacks)?;
         self.connected = true;
         Ok(())

@@ -68,23 +68,11 @@ impl TcpConn {
         stream.set_nonblocking(true)?;
         // A reply is whole when it is written: nothing is gained by waiting for more (Nagle).
         stream.set_nodelay(true)?;
-        let callbacks = Callbacks {
-            read: Some(conn_rd_callback),
-            write: Some(conn_wt_callback),
-        };
+        let callbacks = Callbacks { read: Some(conn_rd_callback), write: Some(conn_wt_callback) };
         let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
         let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
         let phase = Phase::Open;
-        Ok(Self {
-            stream,
-            peer,
-            token,
-            input,
-            output,
-            phase,
-            full: false,
-            deadline: None,
-        })
+        Ok(Self { stream, peer, token, input, output, phase, full: false, deadline: None })
     }
 
     pub fn peer(&self) -> SocketAddr {
@@ -101,11 +89,7 @@ impl TcpConn {
             None => return Ok(ControlFlow::Continue(())),
             Some(0) => {
                 if let Some(rest) = self.input.take() {
-                    warn!(
-                        "{}: closed inside a message, {} bytes into it",
-                        self.peer,
-                        rest.len()
-                    );
+                    warn!("{}: closed inside a message, {} bytes into it", self.peer, rest.len());
                 }
                 self.phase = Phase::PeerDone;
             }
@@ -131,11 +115,7 @@ impl TcpConn {
         };
         while let Some(message) = message::decode(block.data())? {
             let frame_len = message.frame_len();
-            trace!(
-                "message: id {}, {} bytes",
-                message.id,
-                message.payload.len()
-            );
+            trace!("message: id {}, {} bytes", message.id, message.payload.len());
             callback_busi(self, message.payload, message.id)?;
             block.pop(frame_len);
         }

@@ -42,19 +42,10 @@ impl TcpServer {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         listener.set_nonblocking()?;
-        let callbacks = Callbacks {
-            read: Some(Self::accept_callback),
-            write: None,
-        };
+        let callbacks = Callbacks { read: Some(Self::accept_callback), write: None };
         let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
         let pool = BufPool::new(POOL_CAP);
-        Ok(Self {
-            listener,
-            token,
-            pool,
-            conns: HashMap::new(),
-            draining: false,
-        })
+        Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
     }
 
     /// Step 2: somebody connects, and the listening socket has become readable.
@@ -147,11 +138,7 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        info!(
-            "stopped, {} connections cut off; buffers: {}",
-            self.conns.len(),
-            self.pool.stats()
-        );
+        info!("stopped, {} connections cut off; buffers: {}", self.conns.len(), self.pool.stats());
         Ok(())
     }
 }

@@ -1,1 +1,364 @@
+//! Runs the binary of a chapter, talks to it over real sockets and looks at it from outside.
+//!
+//! Whatever waits here waits for a condition, and panics after [`LIMIT`], at the caller's line.
 
+// A test that cannot get a socket or a process has failed, and says so best by a panic.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+pub mod every_server;
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+/// The longest that anything may take: far more than it does, so that only what hangs gets there.
+pub const LIMIT: Duration = Duration::from_secs(30);
+
+/// How long to look on when nothing should happen.
+pub const QUIET: Duration = Duration::from_millis(300);
+
+/// Waits until `condition` holds.
+#[track_caller]
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < LIMIT, "waited in vain: {what}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A running process, killed when dropped, and what it has written to stderr.
+pub struct Process {
+    child: Child,
+    log: Arc<Mutex<String>>,
+}
+
+impl Process {
+    /// Starts `command` with its stderr collected.
+    #[track_caller]
+    pub fn start(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().expect("the binary starts");
+        let log = Arc::new(Mutex::new(String::new()));
+        let stderr = BufReader::new(child.stderr.take().expect("stderr is a pipe"));
+        let lines = Arc::clone(&log);
+        thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let mut lines = lines.lock().unwrap();
+                lines.push_str(&line);
+                lines.push('\n');
+            }
+        });
+        Self { child, log }
+    }
+
+    /// What it has written to stderr so far.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// Waits for a line on stderr that contains `text`, and returns it.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str) -> String {
+        let start = Instant::now();
+        loop {
+            let log = self.log();
+            if let Some(line) = log.lines().find(|line| line.contains(text)) {
+                return line.to_owned();
+            }
+            assert!(start.elapsed() < LIMIT, "no {text:?} in the log:\n{log}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// The process itself, for its pipes.
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().try_into().expect("a pid fits an i32"))
+    }
+
+    /// Sends it a signal.
+    #[track_caller]
+    pub fn signal(&self, signal: Signal) {
+        signal::kill(self.pid(), signal).expect("the process is there");
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until it has ended.
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("the process ends", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        });
+        status.expect("it has ended")
+    }
+
+    /// Lets it have `limit` fds, if its hard limit is not lower.
+    #[track_caller]
+    pub fn allow_fds(&self, limit: u32) {
+        let pid = format!("--pid={}", self.child.id());
+        let limit = format!("--nofile={limit}:");
+        let status = Command::new("prlimit").args([&pid, &limit]).status();
+        assert!(status.expect("util-linux is installed").success());
+    }
+
+    /// How many fds it has open.
+    pub fn fds(&self) -> usize {
+        fs::read_dir(self.proc("fd")).unwrap().count()
+    }
+
+    /// The processor time that it has used.
+    pub fn cpu(&self) -> Duration {
+        let stat = fs::read_to_string(self.proc("stat")).unwrap();
+        // The fields behind the name, which may contain blanks: utime and stime are the 14th and
+        // 15th of proc_pid_stat(5), in ticks of 10 ms.
+        let fields: Vec<&str> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
+        let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
+        Duration::from_millis(ticks * 10)
+    }
+
+    /// A figure of proc_pid_status(5), `VmRSS` (in kB) or `voluntary_ctxt_switches` for example.
+    #[track_caller]
+    pub fn status(&self, name: &str) -> u64 {
+        let status = fs::read_to_string(self.proc("status")).unwrap();
+        let line = status.lines().find(|line| line.starts_with(name)).expect("a known figure");
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    fn proc(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A server that listens on a free port.
+pub struct Server {
+    process: Process,
+    addr: SocketAddr,
+}
+
+impl std::ops::Deref for Server {
+    type Target = Process;
+
+    fn deref(&self) -> &Process {
+        &self.process
+    }
+}
+
+impl std::ops::DerefMut for Server {
+    fn deref_mut(&mut self) -> &mut Process {
+        &mut self.process
+    }
+}
+
+impl Server {
+    /// Starts the server `exe` on a free port.
+    #[track_caller]
+    pub fn start(exe: &str) -> Self {
+        Self::start_on(exe, "127.0.0.1:0")
+    }
+
+    /// Starts the server `exe` on `addr`.
+    #[track_caller]
+    pub fn start_on(exe: &str, addr: &str) -> Self {
+        Self::from(Command::new(exe).args(["--addr", addr]).env_remove("RUST_LOG"))
+    }
+
+    /// Starts the server `exe` on a free port under `limit`, the arguments of the shell's ulimit:
+    /// `-n 64` for 64 fds and never more, `-Sn 64` for as many at first.
+    #[track_caller]
+    pub fn start_under(exe: &str, limit: &str) -> Self {
+        let script = format!("ulimit {limit}; exec \"$0\" --addr 127.0.0.1:0");
+        Self::from(Command::new("sh").args(["-c", &script, exe]).env_remove("RUST_LOG"))
+    }
+
+    /// Starts a server by `command` and waits until it says where it listens.
+    #[track_caller]
+    pub fn from(command: &mut Command) -> Self {
+        let process = Process::start(command);
+        let line = process.wait_for_log("listening on ");
+        let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
+        Self { process, addr }
+    }
+
+    /// Where it listens.
+    pub fn addr(&self) -> SocketAddr {
+        self.addr
+    }
+
+    /// A connection to it. Reads and writes that take longer than [`LIMIT`] fail.
+    #[track_caller]
+    pub fn connect(&self) -> TcpStream {
+        connect(self.addr)
+    }
+}
+
+/// A connection to `addr`. Reads and writes that take longer than [`LIMIT`] fail.
+#[track_caller]
+pub fn connect(addr: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(addr).expect("somebody listens");
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    stream
+}
+
+/// Reads just `n` bytes.
+#[track_caller]
+pub fn read(mut stream: &TcpStream, n: usize) -> Vec<u8> {
+    let mut bytes = vec![0; n];
+    if let Err(err) = stream.read_exact(&mut bytes) {
+        panic!("reading {n} bytes: {err}");
+    }
+    bytes
+}
+
+/// Reads until the peer closes, which must not be by a reset.
+#[track_caller]
+pub fn read_to_end(mut stream: &TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    match stream.read_to_end(&mut bytes) {
+        Ok(_) => bytes,
+        Err(err) => panic!("after {} bytes: {err}", bytes.len()),
+    }
+}
+
+/// Writes all of `bytes`.
+#[track_caller]
+pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
+    if let Err(err) = stream.write_all(bytes) {
+        panic!("writing {} bytes: {err}", bytes.len());
+    }
+}
+
+/// Looks for a while and finds that nothing comes, neither bytes nor the end.
+#[track_caller]
+pub fn assert_silent(mut stream: &TcpStream) {
+    stream.set_read_timeout(Some(QUIET)).unwrap();
+    let result = stream.read(&mut [0]);
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    match result {
+        Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
+        other => panic!("expected silence, got {other:?}"),
+    }
+}
+
+/// Sends `bytes` and expects them back.
+#[track_caller]
+pub fn assert_echo(stream: &TcpStream, bytes: &[u8]) {
+    write(stream, bytes);
+    assert_eq!(read(stream, bytes.len()), bytes);
+}
+
+/// Sends `bytes` from a second thread, and then the end of the stream, while everything that comes
+/// back is read. Neither side can wait for the other.
+#[track_caller]
+pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
+    let mut writer = stream.try_clone().unwrap();
+    let sender = thread::spawn(move || {
+        writer.write_all(&bytes)?;
+        writer.shutdown(Shutdown::Write)
+    });
+    let received = read_to_end(stream);
+    sender.join().unwrap().expect("everything can be sent");
+    received
+}
+
+/// Sends bytes of [`pattern`] without reading, until all buffers on the way there and back are full,
+/// and returns what has been sent.
+#[track_caller]
+pub fn stuff(mut stream: &TcpStream) -> Vec<u8> {
+    let bytes = pattern(64 << 20, 7);
+    stream.set_write_timeout(Some(QUIET)).unwrap();
+    let mut sent = 0;
+    loop {
+        match stream.write(&bytes[sent..]) {
+            Ok(0) => panic!("all {sent} bytes have been taken, and none read"),
+            Ok(n) => sent += n,
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+            Err(err) => panic!("after {sent} bytes: {err}"),
+        }
+    }
+    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    bytes[..sent].to_vec()
+}
+
+/// Closes with a reset instead of a FIN: what happens when there is unread input.
+#[track_caller]
+pub fn reset(stream: TcpStream) {
+    use nix::sys::socket::{setsockopt, sockopt::Linger};
+    let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    setsockopt(&stream, Linger, &at_once).unwrap();
+}
+
+/// `n` bytes in which every stretch differs from the others, so that a mix-up shows.
+pub fn pattern(n: usize, seed: u64) -> Vec<u8> {
+    // Marsaglia, "Xorshift RNGs" (2003), the 64-bit generator with the shifts 13, 7, 17.
+    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x.to_le_bytes()[3]
+    };
+    (0..n).map(|_| next()).collect()
+}
+
+/// Lets this process open as many fds as it may.
+pub fn raise_fd_limit() {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
+
+/// Runs `exe` with `args` and no standard input to its end.
+#[track_caller]
+pub fn run(exe: &str, args: &[&str]) -> Output {
+    run_command(Command::new(exe).args(args))
+}
+
+/// Runs `command` to its end. What it does not set is nothing to read and a pipe to write.
+#[track_caller]
+pub fn run_command(command: &mut Command) -> Output {
+    let mut child = command
+        .env_remove("RUST_LOG")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    let (done, ended) = std::sync::mpsc::channel::<()>();
+    let watchdog = thread::spawn(move || {
+        if ended.recv_timeout(LIMIT).is_err() {
+            let _ = signal::kill(pid, Signal::SIGKILL);
+        }
+    });
+    let _ = child.stdin.take();
+    let output = child.wait_with_output().unwrap();
+    done.send(()).ok();
+    watchdog.join().unwrap();
+    output
+}

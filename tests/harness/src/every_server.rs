@@ -1,0 +1,209 @@
+//! What every server promises, whatever its chapter. [`every_server!`](crate::every_server!) makes
+//! a test of each promise.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::Signal;
+
+use crate::{QUIET, Server, connect, run, run_command, wait_until};
+
+/// One test per promise, for the binary `$exe`. `$works` is a function that asks a server for what
+/// it is there for, over a fresh connection.
+#[macro_export]
+macro_rules! every_server {
+    ($exe:expr, $works:expr, [$($promise:ident),* $(,)?]) => {
+        mod every_server {
+            use super::*;
+
+            $(
+                #[test]
+                fn $promise() {
+                    harness::every_server::$promise($exe, $works);
+                }
+            )*
+        }
+    };
+    ($exe:expr, $works:expr) => {
+        harness::every_server!($exe, $works, [
+            says_what_it_is,
+            listens_where_it_is_told,
+            refuses_what_is_no_address,
+            says_that_the_port_is_in_use,
+            says_that_the_address_is_not_its_own,
+            survives_its_terminal,
+            outlives_its_log,
+            shows_every_step_on_request,
+            says_when_it_does_not_understand_rust_log,
+            sleeps_when_idle,
+            can_be_started_again_at_once,
+            takes_a_burst_of_clients,
+            survives_clients_that_reset,
+        ]);
+    };
+}
+
+/// Asks the server at the other end for what it is there for.
+pub type Works = fn(&TcpStream);
+
+fn name(exe: &str) -> &str {
+    exe.rsplit('/').next().unwrap_or(exe)
+}
+
+pub fn says_what_it_is(exe: &str, _: Works) {
+    let help = run(exe, &["--help"]);
+    assert!(help.status.success());
+    let help = String::from_utf8(help.stdout).unwrap();
+    assert!(help.starts_with("Chapter ") && help.contains("\nTry it: "), "{help}");
+    let version = run(exe, &["--version"]);
+    assert!(version.status.success());
+    assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("{} 0.1.0\n", name(exe)));
+}
+
+pub fn listens_where_it_is_told(exe: &str, works: Works) {
+    for addr in ["127.0.0.1:0", "[::1]:0", "localhost:0"] {
+        works(&Server::start_on(exe, addr).connect());
+    }
+}
+
+pub fn refuses_what_is_no_address(exe: &str, _: Works) {
+    for addr in ["nonsense", "127.0.0.1", "127.0.0.1:65536", "::1:7777:x", ""] {
+        let output = run(exe, &["--addr", addr]);
+        assert_eq!(output.status.code(), Some(2), "{addr}");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains("--addr") && stderr.contains("HOST:PORT"), "{stderr}");
+    }
+}
+
+#[track_caller]
+fn assert_one_line_about(exe: &str, addr: &str, reason: &str) {
+    let output = run_command(Command::new(exe).args(["--addr", addr]).env("RUST_BACKTRACE", "1"));
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with(&format!("error: cannot listen on {addr}: {reason}")), "{stderr}");
+}
+
+pub fn says_that_the_port_is_in_use(exe: &str, works: Works) {
+    let server = Server::start(exe);
+    assert_one_line_about(exe, &server.addr().to_string(), "Address already in use");
+    works(&server.connect());
+}
+
+pub fn says_that_the_address_is_not_its_own(exe: &str, _: Works) {
+    // 192.0.2.0/24 is for documentation (RFC 5737): no machine has it.
+    assert_one_line_about(exe, "192.0.2.1:7777", "Cannot assign requested address");
+}
+
+pub fn survives_its_terminal(exe: &str, works: Works) {
+    let server = Server::start(exe);
+    server.signal(Signal::SIGHUP);
+    server.signal(Signal::SIGPIPE);
+    works(&server.connect());
+}
+
+/// Its log goes to a full disk, to a pipe whose reader is gone, to one that nobody reads.
+pub fn outlives_its_log(exe: &str, works: Works) {
+    let free_port = || Server::start(exe).addr();
+    let start = |stderr: Stdio| {
+        let addr = free_port();
+        let mut command = Command::new(exe);
+        command.args(["--addr", &addr.to_string()]).env("RUST_LOG", "trace");
+        let child = KillOnDrop(command.stderr(stderr).spawn().unwrap());
+        wait_until("it listens", || TcpStream::connect(addr).is_ok());
+        (child, addr)
+    };
+
+    let (_full_disk, addr) = start(File::options().write(true).open("/dev/full").unwrap().into());
+    works(&connect(addr));
+
+    let (mut gone, addr) = start(Stdio::piped());
+    drop(gone.0.stderr.take());
+    works(&connect(addr));
+
+    let (mut unread, addr) = start(Stdio::piped());
+    // A pipe holds 64 KiB, one connection logs some 100 bytes at the least.
+    for _ in 0..1500 {
+        works(&connect(addr));
+    }
+    let mut log = vec![0; 1 << 20];
+    let n = unread.0.stderr.take().unwrap().read(&mut log).unwrap();
+    assert!(n > 32 << 10, "the pipe was not full: {n} bytes");
+}
+
+struct KillOnDrop(std::process::Child);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+pub fn shows_every_step_on_request(exe: &str, works: Works) {
+    let mut command = Command::new(exe);
+    let server = Server::from(command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "trace"));
+    works(&server.connect());
+    server.wait_for_log(" TRACE ");
+    server.wait_for_log(": closed");
+}
+
+pub fn says_when_it_does_not_understand_rust_log(exe: &str, works: Works) {
+    let mut command = Command::new(exe);
+    let server = Server::from(command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "a=b=c"));
+    server.wait_for_log("RUST_LOG is not understood");
+    works(&server.connect());
+}
+
+pub fn sleeps_when_idle(exe: &str, works: Works) {
+    let server = Server::start(exe);
+    works(&server.connect());
+    wait_until("it has closed that", || server.fds() == idle_fds(exe));
+    let wakeups = || server.status("voluntary_ctxt_switches");
+    let before = wakeups();
+    std::thread::sleep(QUIET);
+    assert_eq!(wakeups(), before);
+}
+
+fn idle_fds(exe: &str) -> usize {
+    Server::start(exe).fds()
+}
+
+pub fn can_be_started_again_at_once(exe: &str, works: Works) {
+    let mut server = Server::start(exe);
+    let addr = server.addr().to_string();
+    let client = server.connect();
+    // The server closes first in the end, so that its side is the one in TIME_WAIT.
+    works(&client);
+    server.signal(Signal::SIGTERM);
+    server.wait();
+    drop(client);
+    works(&Server::start_on(exe, &addr).connect());
+}
+
+pub fn takes_a_burst_of_clients(exe: &str, works: Works) {
+    let server = Server::start(exe);
+    // While it is stopped all of them have to wait in the queue of the kernel.
+    server.signal(Signal::SIGSTOP);
+    let clients: Vec<TcpStream> = (0..1000).map(|_| server.connect()).collect();
+    server.signal(Signal::SIGCONT);
+    for client in clients {
+        works(&client);
+    }
+}
+
+pub fn survives_clients_that_reset(exe: &str, works: Works) {
+    let server = Server::start(exe);
+    server.signal(Signal::SIGSTOP);
+    for n in 0..50 {
+        let mut client = server.connect();
+        if n % 2 == 0 {
+            client.write_all(b"something").unwrap();
+        }
+        crate::reset(client);
+    }
+    server.signal(Signal::SIGCONT);
+    works(&server.connect());
+}

@@ -1,0 +1,90 @@
+//! Chapter 1 from outside: it says hello, to one client after the other, whatever they do.
+
+use std::io::Write;
+use std::net::{Shutdown, TcpStream};
+use std::thread;
+
+use harness::{Server, assert_silent, read_to_end, write};
+
+const EXE: &str = env!("CARGO_BIN_EXE_reactor-v01");
+const GREETING: &[u8] = b"hello Lars\n";
+
+harness::every_server!(EXE, assert_greeted);
+
+#[track_caller]
+fn assert_greeted(client: &TcpStream) {
+    assert_eq!(read_to_end(client), GREETING);
+}
+
+#[test]
+fn greets_and_closes() {
+    let server = Server::start(EXE);
+    for _ in 0..10 {
+        assert_greeted(&server.connect());
+    }
+}
+
+/// The C++ v0.1 never closes its clients' sockets.
+#[test]
+fn keeps_no_fd_of_a_client() {
+    let server = Server::start(EXE);
+    let before = server.fds();
+    for _ in 0..100 {
+        assert_greeted(&server.connect());
+    }
+    harness::wait_until("all are closed", || server.fds() == before);
+}
+
+/// Closing with unread input sends a reset, and that takes the greeting away again.
+#[test]
+fn what_the_client_writes_does_not_cost_it_the_greeting() {
+    let server = Server::start(EXE);
+    for n in [1, 5000, 1_000_000] {
+        let client = server.connect();
+        write(&client, &harness::pattern(n, 1));
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_greeted(&client);
+    }
+}
+
+#[test]
+fn the_greeting_does_not_wait_for_the_client_to_close() {
+    let server = Server::start(EXE);
+    let client = server.connect();
+    assert_greeted(&client);
+}
+
+#[test]
+fn a_client_that_does_not_close_holds_up_the_next_one_for_a_while_only() {
+    let server = Server::start(EXE);
+    let silent = server.connect();
+    assert_greeted(&silent);
+    let next = server.connect();
+    assert_silent(&next);
+    assert_greeted(&next);
+}
+
+#[test]
+fn a_client_that_keeps_sending_holds_up_the_next_one_for_a_while_only() {
+    let server = Server::start(EXE);
+    let mut flood = server.connect();
+    let sender = thread::spawn(move || while flood.write_all(&[b'x'; 4096]).is_ok() {});
+    let next = server.connect();
+    assert_greeted(&next);
+    sender.join().unwrap();
+}
+
+/// One fd too few, and a client that waits: logged once, no spinning, and served when there is one.
+/// (The C++ v0.1 spins.)
+#[test]
+fn waits_when_it_is_out_of_fds() {
+    let server = Server::start_under(EXE, "-Sn 4");
+    let client = server.connect();
+    server.wait_for_log("cannot accept: Too many open files");
+    let before = server.cpu();
+    assert_silent(&client);
+    assert!(server.cpu() - before < harness::QUIET / 10, "it spins");
+    assert_eq!(server.log().matches("cannot accept").count(), 1);
+    server.allow_fds(10);
+    assert_greeted(&client);
+}

@@ -1,0 +1,83 @@
+//! Chapter 2 from outside: it echoes, to one client after the other.
+
+use std::net::{Shutdown, TcpStream};
+
+use harness::{Server, assert_echo, assert_silent, exchange, pattern, read_to_end, write};
+
+const EXE: &str = env!("CARGO_BIN_EXE_reactor-v02");
+
+harness::every_server!(EXE, assert_serves);
+
+#[track_caller]
+fn assert_serves(client: &TcpStream) {
+    write(client, b"hello");
+    client.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_to_end(client), b"hello");
+}
+
+#[test]
+fn echoes_as_it_goes() {
+    let server = Server::start(EXE);
+    let client = server.connect();
+    for text in ["a", "hello Lars\n", "\0\r\n\u{ff}"] {
+        assert_echo(&client, text.as_bytes());
+    }
+}
+
+/// The sizes around every class of blocks. (The C++ v0.2 loses count of partial writes.)
+#[test]
+fn echoes_any_number_of_bytes() {
+    let server = Server::start(EXE);
+    for n in [0, 1, 4095, 4096, 4097, 16384, 16385, 65536, 65537, 300_000, 20_000_000] {
+        let bytes = pattern(n, n as u64);
+        assert!(exchange(&server.connect(), bytes.clone()) == bytes, "{n} bytes");
+    }
+}
+
+#[test]
+fn memory_does_not_grow_with_the_bytes() {
+    let server = Server::start(EXE);
+    assert_serves(&server.connect());
+    let before = server.status("VmRSS");
+    exchange(&server.connect(), pattern(64 << 20, 1));
+    let after = server.status("VmRSS");
+    assert!(after < before + 1024, "{before} kB before, {after} kB after");
+}
+
+/// That is the lesson of this chapter, and the reason for the next one.
+#[test]
+fn the_second_client_waits_for_the_first_to_close() {
+    let server = Server::start(EXE);
+    let first = server.connect();
+    assert_echo(&first, b"first");
+    let second = server.connect();
+    write(&second, b"second");
+    assert_silent(&second);
+    assert_echo(&first, b"still first");
+    assert_silent(&second);
+    drop(first);
+    assert_eq!(harness::read(&second, 6), b"second");
+}
+
+/// The C++ v0.2 exits.
+#[test]
+fn a_reset_ends_one_connection_and_is_logged() {
+    let server = Server::start(EXE);
+    let client = server.connect();
+    let peer = client.local_addr().unwrap();
+    assert_echo(&client, b"hello");
+    harness::reset(client);
+    server.wait_for_log(&format!("{peer}: dropped: Connection reset by peer"));
+    assert_serves(&server.connect());
+}
+
+#[test]
+fn waits_when_it_is_out_of_fds() {
+    let server = Server::start_under(EXE, "-Sn 4");
+    let client = server.connect();
+    server.wait_for_log("cannot accept: Too many open files");
+    assert_silent(&client);
+    assert_eq!(server.log().matches("cannot accept").count(), 1);
+    server.allow_fds(10);
+    assert_serves(&client);
+}
