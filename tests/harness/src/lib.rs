@@ -12,7 +12,7 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -333,30 +333,35 @@ pub fn raise_fd_limit() {
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
 }
 
-/// Runs `exe` with `args` and no standard input to its end.
+/// Runs `exe` with `args` and nothing on standard input to its end.
 #[track_caller]
 pub fn run(exe: &str, args: &[&str]) -> Output {
     run_command(Command::new(exe).args(args))
 }
 
-/// Runs `command` to its end. What it does not set is nothing to read and a pipe to write.
+/// Runs `command` with nothing on standard input to its end.
 #[track_caller]
 pub fn run_command(command: &mut Command) -> Output {
-    let mut child = command
+    run_with_input(command, Stdio::null())
+}
+
+/// Runs `command` with `stdin` to its end.
+#[track_caller]
+pub fn run_with_input(command: &mut Command, stdin: impl Into<Stdio>) -> Output {
+    let child = command
         .env_remove("RUST_LOG")
-        .stdin(Stdio::null())
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("the binary starts");
     let pid = Pid::from_raw(child.id().try_into().unwrap());
-    let (done, ended) = std::sync::mpsc::channel::<()>();
+    let (done, ended) = mpsc::channel::<()>();
     let watchdog = thread::spawn(move || {
         if ended.recv_timeout(LIMIT).is_err() {
             let _ = signal::kill(pid, Signal::SIGKILL);
         }
     });
-    let _ = child.stdin.take();
     let output = child.wait_with_output().unwrap();
     done.send(()).ok();
     watchdog.join().unwrap();

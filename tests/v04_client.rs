@@ -1,0 +1,412 @@
+//! The client of chapter 4 from outside, against servers that behave in every way there is.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::{Command, Output, Stdio};
+use std::thread::{self, JoinHandle};
+
+use harness::{Process, pattern, read, run_command, run_with_input, write};
+
+const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
+const MAX_PAYLOAD: usize = 65_527;
+
+fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
+    let length = i32::try_from(payload.len()).unwrap();
+    [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
+}
+
+/// A server for as many clients, one after the other, as there are turns.
+fn serve(turns: Vec<fn(TcpStream)>) -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let server = thread::spawn(move || {
+        for turn in turns {
+            let (stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(harness::LIMIT)).unwrap();
+            turn(stream);
+        }
+    });
+    (addr, server)
+}
+
+/// Sends everything back until the client closes.
+fn echo(mut stream: TcpStream) {
+    let mut reader = stream.try_clone().unwrap();
+    let _ = std::io::copy(&mut reader, &mut stream);
+}
+
+fn client(addr: SocketAddr, args: &[&str]) -> Command {
+    let mut command = Command::new(EXE);
+    command.args(["--addr", &addr.to_string()]).args(args);
+    command
+}
+
+#[track_caller]
+fn assert_prints(output: &Output, stdout: &str) {
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), stdout);
+    assert_eq!(output.status.code(), Some(0));
+}
+
+/// One line on stderr that ends with `reason`, and exit code 1.
+#[track_caller]
+fn assert_fails(output: &Output, stdout: &str, reason: &str) {
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.trim_end().ends_with(reason), "{stderr}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), stdout);
+    assert_eq!(output.status.code(), Some(1));
+}
+
+/// A pipe that gives `bytes`, from a thread of its own.
+fn pipe_with(bytes: Vec<u8>) -> Stdio {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    thread::spawn(move || writer.write_all(&bytes));
+    reader.into()
+}
+
+/// A regular file that holds `bytes`.
+fn file_with(bytes: &[u8]) -> File {
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let path = dir.join(format!("{:?}-stdin", thread::current().id()));
+    std::fs::write(&path, bytes).unwrap();
+    let file = File::open(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    file
+}
+
+#[test]
+fn sends_each_argument_and_prints_each_reply() {
+    let (addr, _server) = serve(vec![echo]);
+    let output = run_command(&mut client(addr, &["hello lars!", "", "and again"]));
+    assert_prints(&output, "id=1 len=11 hello lars!\nid=1 len=0\nid=1 len=9 and again\n");
+}
+
+#[test]
+fn the_id_may_be_any_32_bits() {
+    for id in ["-1", "0", "2147483647", "-2147483648"] {
+        let (addr, _server) = serve(vec![echo]);
+        let output = run_command(&mut client(addr, &["--id", id, "x"]));
+        assert_prints(&output, &format!("id={id} len=1 x\n"));
+    }
+    let output = run_command(Command::new(EXE).args(["--id", "2147483648", "x"]));
+    assert_eq!(output.status.code(), Some(2));
+}
+
+#[test]
+fn what_is_not_printable_is_escaped() {
+    let (addr, _server) = serve(vec![|stream| {
+        read(&stream, 9);
+        write(&stream, &frame(5, b"it's \"\xc3\xa9\" \\ \n\t\x1b\xff\xfe\x00"));
+    }]);
+    let output = run_command(&mut client(addr, &["x"]));
+    assert_prints(&output, "id=5 len=18 it's \"\u{e9}\" \\\\ \\n\\t\\u{1b}\\xff\\xfe\\0\n");
+}
+
+#[test]
+fn lines_come_from_a_pipe_or_a_file() {
+    for text in ["a\n\nlast line without a line feed", "a\n\nlast line without a line feed\n"] {
+        let (addr, _server) = serve(vec![echo, echo]);
+        let expected = "id=1 len=1 a\nid=1 len=0\nid=1 len=29 last line without a line feed\n";
+        let input = text.as_bytes();
+        assert_prints(&run_with_input(&mut client(addr, &[]), pipe_with(input.to_vec())), expected);
+        assert_prints(&run_with_input(&mut client(addr, &[]), file_with(input)), expected);
+    }
+}
+
+#[test]
+fn nothing_to_send_is_no_error() {
+    let (addr, _server) = serve(vec![echo, echo]);
+    assert_prints(&run_command(&mut client(addr, &[])), "");
+    let mut closed = Command::new("sh");
+    closed.args(["-c", "exec \"$0\" --addr \"$1\" <&-", EXE, &addr.to_string()]);
+    assert_prints(&run_command(&mut closed), "");
+}
+
+/// Far more than all buffers hold, from a file and from a pipe, in messages of all sizes.
+#[test]
+fn pipelines_any_number_of_messages_in_bounded_memory() {
+    let mut input = Vec::new();
+    let mut expected = String::new();
+    for n in (0..).map(|n| n * 37 % (MAX_PAYLOAD + 1)).take(1500) {
+        let line = "x".repeat(n);
+        input.extend(line.as_bytes());
+        input.push(b'\n');
+        expected += &format!("id=1 len={n} {line}").trim_end().to_owned();
+        expected.push('\n');
+    }
+    assert!(input.len() > 30 << 20);
+    for stdin in [Stdio::from(file_with(&input)), pipe_with(input.clone())] {
+        let (addr, _server) = serve(vec![echo]);
+        let script = "ulimit -v 100000; exec \"$0\" --addr \"$1\"";
+        let mut command = Command::new("sh");
+        let output = run_with_input(command.args(["-c", script, EXE, &addr.to_string()]), stdin);
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stdout == expected.as_bytes());
+    }
+}
+
+#[test]
+fn replies_may_come_in_pieces_and_stuck_together() {
+    let (addr, _server) = serve(vec![|stream| {
+        let request = frame(1, &[b'x'; 100]);
+        read(&stream, 3 * request.len());
+        stream.set_nodelay(true).unwrap();
+        for byte in frame(2, b"piece by piece") {
+            write(&stream, &[byte]);
+        }
+        write(&stream, &[frame(3, b"stuck"), frame(4, b"together")].concat());
+    }]);
+    let text = "x".repeat(100);
+    let output = run_command(&mut client(addr, &[&text, &text, &text]));
+    assert_prints(&output, "id=2 len=14 piece by piece\nid=3 len=5 stuck\nid=4 len=8 together\n");
+}
+
+#[test]
+fn a_message_of_the_greatest_length_goes_and_a_longer_one_does_not() {
+    let (addr, _server) = serve(vec![echo]);
+    let longest = "x".repeat(MAX_PAYLOAD);
+    let output = run_command(&mut client(addr, &[&longest]));
+    assert_prints(&output, &format!("id=1 len=65527 {longest}\n"));
+
+    let output = run_command(&mut client(addr, &["fine", &format!("{longest}x")]));
+    assert_fails(&output, "", "message 2 is 65528 bytes long, the limit is 65527");
+}
+
+#[test]
+fn the_lines_before_one_that_is_too_long_are_answered() {
+    let input = format!("one\n{}\nthree\n", "x".repeat(MAX_PAYLOAD + 1));
+    let (addr, _server) = serve(vec![echo]);
+    let output = run_with_input(&mut client(addr, &[]), pipe_with(input.into_bytes()));
+    let reason = "line 2 of standard input is over the limit of 65527 bytes";
+    assert_fails(&output, "id=1 len=3 one\n", reason);
+}
+
+#[test]
+fn an_absent_server_is_one_clear_line() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    drop(listener);
+    let output = run_command(&mut client(addr, &["x"]));
+    assert_fails(
+        &output,
+        "",
+        &format!("cannot connect to {addr}: Connection refused (os error 111)"),
+    );
+}
+
+/// `localhost` may be ::1 first, where nobody listens.
+#[test]
+fn every_address_of_a_name_is_tried() {
+    let (addr, _server) = serve(vec![echo]);
+    let name = format!("localhost:{}", addr.port());
+    let output = run_command(Command::new(EXE).args(["--addr", &name, "x"]));
+    assert_prints(&output, "id=1 len=1 x\n");
+}
+
+#[test]
+fn a_server_that_goes_is_one_clear_line() {
+    let (addr, _server) = serve(vec![
+        |stream| {
+            read(&stream, 18);
+            write(&stream, &frame(1, b"a"));
+        },
+        |stream| {
+            read(&stream, 18);
+            write(&stream, &frame(1, b"half")[..10]);
+        },
+        |stream| {
+            read(&stream, 18);
+            write(&stream, &frame(1, b"a"));
+            // What has been sent is there before the reset, and is not lost by it.
+            let mut rest = [0; 1];
+            stream.set_nonblocking(true).unwrap();
+            let _ = (&stream).read(&mut rest);
+            harness::wait_until("the client has read", || has_read(&stream));
+            harness::reset(stream);
+        },
+    ]);
+    let run = || run_command(&mut client(addr, &["a", "b"]));
+    assert_fails(&run(), "id=1 len=1 a\n", "closed the connection, 1 messages unanswered");
+    assert_fails(
+        &run(),
+        "",
+        "closed the connection 10 bytes into a message, 2 messages unanswered",
+    );
+    let reason = "Connection reset by peer (os error 104), 1 messages unanswered";
+    assert_fails(&run(), "id=1 len=1 a\n", reason);
+}
+
+/// Whether the peer on this machine has taken everything out of its socket, says /proc/net/tcp.
+fn has_read(stream: &TcpStream) -> bool {
+    let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
+    let ours = port(stream.local_addr().unwrap());
+    let theirs = port(stream.peer_addr().unwrap());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().skip(1).any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        fields[1].ends_with(&theirs)
+            && fields[2].ends_with(&ours)
+            && fields[4].ends_with(":00000000")
+    })
+}
+
+#[test]
+fn a_silent_server_is_given_up() {
+    let (addr, _server) = serve(vec![|mut stream| {
+        write(&stream, &frame(9, b"then nothing"));
+        let _ = stream.read_to_end(&mut Vec::new());
+    }]);
+    let output = run_command(&mut client(addr, &["--timeout", "0.3", "a", "b"]));
+    assert_fails(&output, "id=9 len=12 then nothing\n", "silent for 300ms, 1 messages unanswered");
+}
+
+#[test]
+fn a_server_that_does_not_accept_is_given_up() {
+    // A queue of one, and somebody in it already: the kernel ignores who else comes.
+    let listener = nix_listener();
+    let addr = listener.local_addr().unwrap();
+    let _queue: Vec<_> = (0..2).map(|_| TcpStream::connect(addr).unwrap()).collect();
+    let output = run_command(&mut client(addr, &["--timeout", "0.3", "x"]));
+    assert_fails(&output, "", &format!("cannot connect to {addr}: timed out"));
+}
+
+fn nix_listener() -> TcpListener {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(1).unwrap()).unwrap();
+    listener
+}
+
+#[test]
+fn a_bad_frame_is_one_clear_line_after_the_replies_before_it() {
+    let (addr, _server) = serve(vec![|stream| {
+        read(&stream, 18);
+        let bad = [1_i32.to_le_bytes(), (-5_i32).to_le_bytes()].concat();
+        write(&stream, &[frame(1, b"good"), bad].concat());
+    }]);
+    let output = run_command(&mut client(addr, &["--retry", "3", "a", "b"]));
+    let reason = "has sent a bad frame: message length -5 is not within 0 to 65527";
+    assert_fails(&output, "id=1 len=4 good\n", reason);
+}
+
+#[test]
+fn a_standard_output_that_takes_nothing_is_one_clear_line() {
+    let (addr, _server) = serve(vec![echo, echo]);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut process = Process::start(client(addr, &["x"]).stdin(Stdio::null()).stdout(full));
+    assert_eq!(process.wait().code(), Some(1));
+    process.wait_for_log("error: cannot write to standard output: No space left on device");
+
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut process = Process::start(client(addr, &["x"]).stdin(Stdio::null()).stdout(writer));
+    assert_eq!(process.wait().code(), Some(1));
+    process.wait_for_log("error: cannot write to standard output: Broken pipe");
+}
+
+#[test]
+fn reconnects_and_sends_again_what_has_no_reply() {
+    let (addr, _server) = serve(vec![
+        |stream| {
+            read(&stream, 27);
+            write(&stream, &frame(1, b"a"));
+        },
+        |_| {},
+        echo,
+    ]);
+    let output = run_command(&mut client(addr, &["--retry", "2", "a", "b", "c"]));
+    assert_eq!(output.status.code(), Some(0));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stdout),
+        "id=1 len=1 a\nid=1 len=1 b\nid=1 len=1 c\n"
+    );
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let pauses: Vec<_> = stderr.lines().map(|line| line.rsplit(' ').next().unwrap()).collect();
+    assert_eq!(pauses, ["100ms", "200ms"], "{stderr}");
+}
+
+#[test]
+fn gives_up_after_so_many_retries() {
+    let (addr, _server) = serve(vec![drop::<TcpStream>, drop, drop]);
+    let output = run_command(&mut client(addr, &["--retry", "2", "x"]));
+    assert_eq!(output.status.code(), Some(1));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(stderr.matches("connecting again").count(), 2, "{stderr}");
+    assert_eq!(stderr.matches("error: ").count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_terminal_is_greeted_and_then_asked_for_lines() {
+    let (addr, server) = serve(vec![echo]);
+    let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(None, None).unwrap();
+    let mut process = Process::start(client(addr, &[]).stdin(slave).stdout(Stdio::piped()));
+    let mut keyboard = File::from(master);
+    let mut replies = BufReader::new(process.child().stdout.take().unwrap()).lines();
+    let mut reply = || replies.next().unwrap().unwrap();
+    assert_eq!(reply(), "id=1 len=11 hello lars!");
+    keyboard.write_all(b"typed\n").unwrap();
+    assert_eq!(reply(), "id=1 len=5 typed");
+    let cpu = process.cpu();
+    thread::sleep(harness::QUIET);
+    assert!(process.cpu() - cpu < harness::QUIET / 10, "it spins while it waits for lines");
+    keyboard.write_all(b"more\n\x04").unwrap();
+    assert_eq!(reply(), "id=1 len=4 more");
+    assert_eq!(process.wait().code(), Some(0));
+    server.join().unwrap();
+}
+
+/// Waiting for somebody who types is no silence of the server.
+#[test]
+fn the_time_out_counts_only_while_a_reply_is_owed() {
+    let (addr, _server) = serve(vec![echo]);
+    let (stdin, mut keyboard) = std::io::pipe().unwrap();
+    let mut command = client(addr, &["--timeout", "0.1"]);
+    let mut process = Process::start(command.stdin(stdin).stdout(Stdio::piped()));
+    let mut replies = BufReader::new(process.child().stdout.take().unwrap()).lines();
+    for text in ["one", "two"] {
+        keyboard.write_all(format!("{text}\n").as_bytes()).unwrap();
+        assert_eq!(replies.next().unwrap().unwrap(), format!("id=1 len=3 {text}"));
+        thread::sleep(harness::QUIET);
+    }
+    assert!(process.is_running());
+    drop(keyboard);
+    assert_eq!(process.wait().code(), Some(0));
+}
+
+/// The server's replies stay in the socket while nobody reads standard output: that is no silence.
+#[test]
+fn the_time_out_does_not_count_while_standard_output_is_stuck() {
+    let (addr, _server) = serve(vec![echo]);
+    let input = pattern(4 << 20, 1).iter().map(|byte| b'a' + byte % 26).collect::<Vec<_>>();
+    let input: Vec<u8> = input.chunks(1000).collect::<Vec<_>>().join(&b'\n');
+    let mut command = client(addr, &["--timeout", "0.1"]);
+    let stdin = pipe_with(input);
+    let mut process = Process::start(command.stdin(stdin).stdout(Stdio::piped()));
+    thread::sleep(harness::QUIET);
+    let stdout = process.child().stdout.take().unwrap();
+    assert_eq!(BufReader::new(stdout).lines().count(), (4_usize << 20).div_ceil(1000));
+    assert_eq!(process.wait().code(), Some(0));
+}
+
+#[test]
+fn says_what_it_is_and_what_it_does_not_understand() {
+    let help = run_command(Command::new(EXE).arg("--help"));
+    let help = String::from_utf8(help.stdout).unwrap();
+    assert!(help.starts_with("Chapter 4, the other end") && help.contains("\nTry it: "), "{help}");
+    for args in [["--timeout", "0"], ["--timeout", "-1"], ["--retry", "x"], ["--addr", "nonsense"]]
+    {
+        assert_eq!(run_command(Command::new(EXE).args(args)).status.code(), Some(2), "{args:?}");
+    }
+}
+
+#[test]
+fn a_half_closed_server_still_answers() {
+    let (addr, _server) = serve(vec![|stream| {
+        let request = read(&stream, 9);
+        write(&stream, &request);
+        stream.shutdown(Shutdown::Write).unwrap();
+        let _ = (&stream).read_to_end(&mut Vec::new());
+    }]);
+    assert_prints(&run_command(&mut client(addr, &["x"])), "id=1 len=1 x\n");
+}
