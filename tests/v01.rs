@@ -1,5 +1,8 @@
 //! Chapter 1 from outside: it says hello, to one client after the other, whatever they do.
 
+// A test fails by a panic, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 use std::thread;

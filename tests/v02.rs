@@ -1,5 +1,8 @@
 //! Chapter 2 from outside: it echoes, to one client after the other.
 
+// A test fails by a panic, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
 use std::net::{Shutdown, TcpStream};
 
 use harness::{Server, assert_echo, assert_silent, exchange, pattern, read_to_end, write};

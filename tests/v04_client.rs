@@ -1,5 +1,8 @@
 //! The client of chapter 4 from outside, against servers that behave in every way there is.
 
+// A test fails by a panic, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -38,7 +41,7 @@ fn echo(mut stream: TcpStream) {
 
 fn client(addr: SocketAddr, args: &[&str]) -> Command {
     let mut command = Command::new(EXE);
-    command.args(["--addr", &addr.to_string()]).args(args);
+    command.args(["--addr", &addr.to_string()]).args(args).env_remove("RUST_LOG");
     command
 }
 
@@ -59,9 +62,16 @@ fn assert_fails(output: &Output, stdout: &str, reason: &str) {
     assert_eq!(output.status.code(), Some(1));
 }
 
+/// The two ends of a pipe.
+fn pipe() -> (File, File) {
+    // Were the other end to live on in a child, the pipe would never end.
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
+    (reader.into(), writer.into())
+}
+
 /// A pipe that gives `bytes`, from a thread of its own.
 fn pipe_with(bytes: Vec<u8>) -> Stdio {
-    let (reader, mut writer) = std::io::pipe().unwrap();
+    let (reader, mut writer) = pipe();
     thread::spawn(move || writer.write_all(&bytes));
     reader.into()
 }
@@ -133,7 +143,7 @@ fn pipelines_any_number_of_messages_in_bounded_memory() {
         let line = "x".repeat(n);
         input.extend(line.as_bytes());
         input.push(b'\n');
-        expected += &format!("id=1 len={n} {line}").trim_end().to_owned();
+        expected += &format!("id=1 len={n} {line}").trim_end();
         expected.push('\n');
     }
     assert!(input.len() > 30 << 20);
@@ -228,13 +238,13 @@ fn a_server_that_goes_is_one_clear_line() {
         },
     ]);
     let run = || run_command(&mut client(addr, &["a", "b"]));
-    assert_fails(&run(), "id=1 len=1 a\n", "closed the connection, 1 messages unanswered");
+    assert_fails(&run(), "id=1 len=1 a\n", "closed the connection; messages unanswered: 1");
     assert_fails(
         &run(),
         "",
-        "closed the connection 10 bytes into a message, 2 messages unanswered",
+        "closed the connection 10 bytes into a message; messages unanswered: 2",
     );
-    let reason = "Connection reset by peer (os error 104), 1 messages unanswered";
+    let reason = "Connection reset by peer (os error 104); messages unanswered: 1";
     assert_fails(&run(), "id=1 len=1 a\n", reason);
 }
 
@@ -259,7 +269,7 @@ fn a_silent_server_is_given_up() {
         let _ = stream.read_to_end(&mut Vec::new());
     }]);
     let output = run_command(&mut client(addr, &["--timeout", "0.3", "a", "b"]));
-    assert_fails(&output, "id=9 len=12 then nothing\n", "silent for 300ms, 1 messages unanswered");
+    assert_fails(&output, "id=9 len=12 then nothing\n", "silent for 300ms; messages unanswered: 1");
 }
 
 #[test]
@@ -298,7 +308,7 @@ fn a_standard_output_that_takes_nothing_is_one_clear_line() {
     assert_eq!(process.wait().code(), Some(1));
     process.wait_for_log("error: cannot write to standard output: No space left on device");
 
-    let (reader, writer) = std::io::pipe().unwrap();
+    let (reader, writer) = pipe();
     drop(reader);
     let mut process = Process::start(client(addr, &["x"]).stdin(Stdio::null()).stdout(writer));
     assert_eq!(process.wait().code(), Some(1));
@@ -360,7 +370,7 @@ fn a_terminal_is_greeted_and_then_asked_for_lines() {
 #[test]
 fn the_time_out_counts_only_while_a_reply_is_owed() {
     let (addr, _server) = serve(vec![echo]);
-    let (stdin, mut keyboard) = std::io::pipe().unwrap();
+    let (stdin, mut keyboard) = pipe();
     let mut command = client(addr, &["--timeout", "0.1"]);
     let mut process = Process::start(command.stdin(stdin).stdout(Stdio::piped()));
     let mut replies = BufReader::new(process.child().stdout.take().unwrap()).lines();

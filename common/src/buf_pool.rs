@@ -17,10 +17,11 @@ pub const SIZE_CLASSES: [usize; 7] =
 /// The size of the largest block, in bytes.
 pub const MAX_BLOCK: usize = 8 * MIB;
 
-/// Blocks of memory that are used again and again, so that a server in its stride allocates nothing (since v02).
+/// Blocks of memory that are used again and again, so that a server in its stride allocates nothing
+/// (since v02).
 ///
-/// A block is allocated when it is first needed, comes back when its [`IoBuf`] is dropped, and is kept for the next
-/// one. Clones share the same blocks. For one thread, as the whole course is.
+/// A block is allocated when it is first needed, comes back when its [`IoBuf`] is dropped, and is
+/// kept for the next one. Clones share the same blocks. For one thread, as the whole course is.
 #[derive(Clone)]
 pub struct BufPool(Rc<RefCell<Blocks>>);
 
@@ -40,7 +41,8 @@ struct Class {
 }
 
 impl BufPool {
-    /// An empty pool that will hold `cap` bytes at the most, blocks in use and free ones taken together.
+    /// An empty pool that will hold `cap` bytes at the most, blocks in use and free ones taken
+    /// together.
     pub fn new(cap: usize) -> Self {
         let classes = Default::default();
         Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, high_water: 0, classes })))
@@ -59,7 +61,8 @@ impl BufPool {
         Ok(IoBuf::new(block, self.clone()))
     }
 
-    /// Takes a block back. It keeps its old bytes: an `IoBuf` never shows what was not written through it.
+    /// Takes a block back. It keeps its old bytes: an `IoBuf` never shows what was not written
+    /// through it.
     pub(crate) fn give_back(&self, block: Box<[u8]>) {
         self.0.borrow_mut().give_back(block);
     }
@@ -91,7 +94,8 @@ impl Blocks {
                     return Err(PoolError::CapReached { asked: size, cap: self.cap });
                 }
                 self.make_room_for(size);
-                // Zeroed by the kernel and not here: a large block costs memory only where it has been written to.
+                // Zeroed by the kernel and not here: a large block costs memory only where it has
+                // been written to.
                 vec![0; size].into_boxed_slice()
             }
         };

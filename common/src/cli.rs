@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::str::FromStr;
 
@@ -21,12 +22,14 @@ const PIPE_BUF: usize = 4096;
 /// The arguments of every server (since v01).
 #[derive(clap::Args)]
 pub struct ServerArgs {
-    /// Where to listen: IPv4, [IPv6] or a name; port 0 takes a free one
+    /// Where to listen: an IPv4 address, an IPv6 address in brackets or a name; port 0 takes a free
+    /// one
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7777")]
     pub addr: Addr,
 }
 
-/// A `HOST:PORT` of the command line with the socket addresses that it stands for, at least one (since v01).
+/// A `HOST:PORT` of the command line with the socket addresses that it stands for, at least one
+/// (since v01).
 #[derive(Clone, Debug)]
 pub struct Addr {
     text: String,
@@ -64,7 +67,8 @@ impl fmt::Display for Addr {
 /// The `main` of every server: [`run`], but a closed terminal (SIGHUP) does not end it (since v01).
 pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     run(|args| {
-        // A blocked signal stays pending for ever: as good as ignored, and nix has it without `unsafe`.
+        // A blocked signal stays pending for ever: as good as ignored, and nix has it without
+        // `unsafe`.
         let mut hangup = SigSet::empty();
         hangup.add(Signal::SIGHUP);
         hangup.thread_block()?;
@@ -72,7 +76,8 @@ pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> Exit
     })
 }
 
-/// Parses the arguments, starts the log, runs `main` and turns its error into one line and exit code 1 (since v01).
+/// Parses the arguments, starts the log, runs `main` and turns its error into one line and exit
+/// code 1 (since v01).
 ///
 /// Wrong arguments end the process here, with exit code 2 and a usage line.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
@@ -87,7 +92,8 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     }
 }
 
-/// Logs to stderr at the levels that RUST_LOG names (`trace`, or `info,reactor_v03=trace`), else at info.
+/// Logs to stderr at the levels that RUST_LOG names (`trace`, or `info,reactor_v03=trace`), else at
+/// info.
 fn start_log() {
     let spec = std::env::var("RUST_LOG").ok().filter(|spec| !spec.is_empty());
     let parsed = spec.as_deref().map(str::parse::<Targets>).transpose();
@@ -109,16 +115,20 @@ fn start_log() {
     }
 }
 
-/// stderr for the log. A server must outlive its log, so a line that cannot be written at once is lost.
+/// stderr for the log. A server must outlive its log, so a line that cannot be written at once is
+/// lost.
 struct LogWriter;
 
 impl LogWriter {
     fn put(&self, line: &[u8]) {
         let stderr = io::stderr();
-        // A write to a pipe that is full, or to a stopped terminal, would block the whole server: ask first.
-        let mut room = [PollFd::new(std::os::fd::AsFd::as_fd(&stderr), PollFlags::POLLOUT)];
-        if poll(&mut room, PollTimeout::ZERO) == Ok(1) {
-            let _ = nix::unistd::write(&stderr, &line[..line.len().min(PIPE_BUF)]);
+        for part in line.chunks(PIPE_BUF) {
+            // To write to a full pipe, or a stopped terminal, would block the server: ask first.
+            let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+            if poll(&mut room, PollTimeout::ZERO) != Ok(1) {
+                return;
+            }
+            let _ = nix::unistd::write(&stderr, part);
         }
     }
 }

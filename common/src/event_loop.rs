@@ -88,7 +88,8 @@ impl Token {
 /// The loop's own timer fd has no slot.
 const TIMER: Token = Token { slot: 0, generation: 0 };
 
-/// Names one timer, for [`EventLoop::cancel_timer`] (since v03). In the order in which they are due.
+/// Names one timer, for [`EventLoop::cancel_timer`] (since v03). In the order in which they are
+/// due.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TimerId {
     due: Instant,
@@ -331,9 +332,7 @@ impl<S> EventLoop<S> {
 
     /// Sets the timer fd to when the first timer is due.
     fn set_timer(&mut self) -> io::Result<()> {
-        let Some((first, _)) = self.timers.first_key_value() else {
-            return Ok(());
-        };
+        let Some((first, _)) = self.timers.first_key_value() else { return Ok(()) };
         // A zero would disarm it.
         let delay =
             first.due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));

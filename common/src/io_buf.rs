@@ -17,7 +17,8 @@ use crate::buf_pool::BufPool;
 ///                head + len <= capacity, always
 /// ```
 ///
-/// Only `data` can be seen from outside: what an earlier user left in the rest of the block stays unseen.
+/// Only `data` can be seen from outside: what an earlier user left in the rest of the block stays
+/// unseen.
 pub struct IoBuf {
     block: Box<[u8]>,
     head: usize,

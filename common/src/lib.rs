@@ -1,15 +1,15 @@
 //! What stays the same once a chapter has brought it in.
 //!
-//! | module          | since | what it holds                                                        |
-//! |-----------------|-------|----------------------------------------------------------------------|
-//! | [`cli`]         | v01   | arguments, log and exit code: what a program needs around its chapter |
-//! | [`net`]         | v01   | listening, accepting and what its errors mean, closing without loss  |
-//! | [`buf_pool`]    | v02   | `BufPool`: blocks of memory in size classes, with a cap              |
-//! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                          |
-//! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: between a socket and a block             |
-//! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                      |
-//! | [`signal`]      | v03   | Ctrl-C and SIGTERM as one more fd of the loop                        |
-//! | [`message`]     | v04   | the TLV frame: header, encode, decode                                |
+//! | module          | since | what it holds                                                       |
+//! |-----------------|-------|---------------------------------------------------------------------|
+//! | [`cli`]         | v01   | arguments, log, exit code: what is around a chapter                 |
+//! | [`net`]         | v01   | listening, accepting and what its errors mean, closing without loss |
+//! | [`buf_pool`]    | v02   | `BufPool`: blocks of memory in size classes, with a cap             |
+//! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                         |
+//! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: between a socket and a block            |
+//! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                     |
+//! | [`signal`]      | v03   | Ctrl-C and SIGTERM as one more fd of the loop                       |
+//! | [`message`]     | v04   | the TLV frame: header, encode, decode                               |
 
 #![warn(missing_docs)]
 

@@ -43,9 +43,7 @@ impl Message<'_> {
 /// # Errors
 /// [`BadLength`], as soon as the header is there. Where the next frame begins cannot be known then.
 pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
-    let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else {
-        return Ok(None);
-    };
+    let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else { return Ok(None) };
     let id = LittleEndian::read_i32(&header[..4]);
     let length = LittleEndian::read_i32(&header[4..]);
     let length = match usize::try_from(length) {

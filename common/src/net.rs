@@ -16,8 +16,8 @@ use tracing::{debug, info, warn};
 
 /// How many clients the kernel keeps waiting for `accept`.
 ///
-/// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn (4096 by default),
-/// and nix takes no more.
+/// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn
+/// (4096 by default), and nix takes no more.
 const BACKLOG: i32 = 4096;
 
 /// How long to wait before the next try when `accept` cannot get an fd or memory.
@@ -36,12 +36,14 @@ pub enum Accepted {
     Client(TcpStream, SocketAddr),
     /// Nobody waits. Only a non-blocking listener says so.
     Nobody,
-    /// No fd or no memory to be had: try again after [`ACCEPT_PAUSE`]. Those who wait stay in the queue.
+    /// No fd or no memory to be had: try again after [`ACCEPT_PAUSE`]. Those who wait stay in the
+    /// queue.
     Shortage,
 }
 
 impl Listener {
-    /// Listens on the first of `addrs` that can be had and says so at info level, blocking at first.
+    /// Listens on the first of `addrs` that can be had and says so at info level, blocking at
+    /// first.
     ///
     /// # Errors
     /// That of the last address, EADDRINUSE or EADDRNOTAVAIL as a rule.
@@ -76,8 +78,8 @@ impl Listener {
                     return Accepted::Nobody;
                 }
                 Err(err) if concerns_one_client(&err) => debug!("accept: {err}"),
-                // EMFILE, ENFILE, ENOBUFS, ENOMEM, and whatever else: no error of accept is worth dying for while
-                // there are clients to serve.
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM, and whatever else: no error of accept is worth
+                // dying for while there are clients to serve.
                 Err(err) => {
                     if !self.short {
                         let pause = ACCEPT_PAUSE.as_millis();
@@ -135,7 +137,8 @@ impl AsRawFd for Listener {
 
 fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
     let fd = tcp_socket(addr, SockFlag::empty())?;
-    // Without it the port could not be bound again while connections of an earlier server are in TIME_WAIT.
+    // Without it the port could not be bound again while connections of an earlier server are in
+    // TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
     bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
     listen(&fd, Backlog::new(BACKLOG)?)?;
@@ -163,12 +166,11 @@ fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
-/// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which Linux hands on
-/// through `accept` (accept(2), "Error handling"): that client is out of the queue, the next one may be fine.
+/// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which
+/// Linux hands on through `accept` (accept(2), "Error handling"): that client is out of the queue,
+/// the next one may be fine.
 fn concerns_one_client(err: &io::Error) -> bool {
-    let Some(code) = err.raw_os_error() else {
-        return false;
-    };
+    let Some(code) = err.raw_os_error() else { return false };
     matches!(
         Errno::from_raw(code),
         Errno::EINTR
@@ -184,10 +186,12 @@ fn concerns_one_client(err: &io::Error) -> bool {
     )
 }
 
-/// Closes a blocking `stream` so that what was written to it still arrives, in `limit` at the most (since v01).
+/// Closes a blocking `stream` so that what was written to it still arrives, in `limit` at the most
+/// (since v01).
 ///
-/// close(2) on a socket with unread input sends RST instead of FIN, and an RST lets the peer's kernel throw away what
-/// it has not handed on yet. So: say FIN first, read what comes until the peer closes too, and only then close.
+/// close(2) on a socket with unread input sends RST instead of FIN, and an RST lets the peer's
+/// kernel throw away what it has not handed on yet. So: say FIN first, read what comes until the
+/// peer closes too, and only then close.
 ///
 /// # Errors
 /// Those of the peer: it may have reset the connection.
@@ -213,7 +217,8 @@ pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()
 
 /// Lets this process open as many fds as the administrator allows it (since v03).
 ///
-/// Shells hand out a soft limit of 1,024 as a rule, for the sake of old programs that use select(2).
+/// Shells hand out a soft limit of 1,024 as a rule, for the sake of old programs that use
+/// select(2).
 pub fn raise_fd_limit() {
     let result = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         debug!("at most {hard} fds, {soft} as a rule");

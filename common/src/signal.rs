@@ -7,8 +7,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::event_loop::{Callbacks, EventLoop, Interest, Token};
 
-/// SIGINT and SIGTERM, held back and read from an fd instead (signalfd(2)), so that they arrive between two callbacks
-/// and never inside one (since v03).
+/// SIGINT and SIGTERM, held back and read from an fd instead (signalfd(2)), so that they arrive
+/// between two callbacks and never inside one (since v03).
 pub struct StopSignals {
     held_back: SigSet,
     fd: SignalFd,
@@ -16,7 +16,8 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// From now on a signal stops `event_loop` and does nothing else. To be called before anything worth finishing.
+    /// From now on a signal stops `event_loop` and does nothing else. To be called before anything
+    /// worth finishing.
     ///
     /// # Errors
     /// What signalfd(2) and epoll_ctl(2) say.
@@ -29,8 +30,8 @@ impl StopSignals {
         Ok(Self { held_back, fd, token })
     }
 
-    /// Takes the signals that have come and gives the next one its default effect back: who presses Ctrl-C a second
-    /// time does not want to wait.
+    /// Takes the signals that have come and gives the next one its default effect back: who presses
+    /// Ctrl-C a second time does not want to wait.
     ///
     /// # Errors
     /// What epoll_ctl(2) and read(2) say.

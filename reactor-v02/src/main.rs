@@ -8,7 +8,7 @@ use common::cli::{self, ServerArgs};
 
 use crate::tcp_server::TcpServer;
 
-/// Chapter 2: a blocking echo through pooled buffers; the second client waits for the first to close.
+/// Chapter 2: a blocking echo through pooled buffers; the second client waits for the first one.
 /// Try it: nc 127.0.0.1 7777, and the same in another terminal
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]

@@ -4,6 +4,7 @@ mod tcp_server;
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use common::cli::{self, ServerArgs};
 use common::event_loop::EventLoop;
 use common::signal::StopSignals;
@@ -21,8 +22,8 @@ struct Args {
 
 fn main() -> ExitCode {
     cli::run_server(|args: Args| {
-        let mut event_loop = EventLoop::new()?;
-        let signals = StopSignals::register(&mut event_loop)?;
+        let mut event_loop = EventLoop::new().context("cannot make an event loop")?;
+        let signals = StopSignals::register(&mut event_loop).context("cannot watch for signals")?;
         let mut server = TcpServer::new(&mut event_loop, &args.server.addr)?;
         event_loop.event_process(&mut server)?;
         signals.take(&mut event_loop)?;

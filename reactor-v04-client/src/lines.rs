@@ -29,9 +29,7 @@ impl Lines {
     /// added; no more can be had.
     pub fn read(&mut self, lines: &mut VecDeque<Bytes>) -> anyhow::Result<bool> {
         let n = self.input.read_from(io::stdin()).context("cannot read standard input")?;
-        let Some(mut block) = self.input.take() else {
-            return Ok(n != Some(0));
-        };
+        let Some(mut block) = self.input.take() else { return Ok(n != Some(0)) };
         while let Some(end) = block.data().iter().position(|&byte| byte == b'\n') {
             self.add(&block.data()[..end], lines)?;
             block.pop(end + 1);

@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use anyhow::Context;
 use common::cli::{self, Addr};
 use common::event_loop::EventLoop;
 
@@ -17,7 +18,7 @@ use crate::tcp_client::TcpClient;
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {
-    /// The server: IPv4, [IPv6] or a name
+    /// The server: an IPv4 address, an IPv6 address in brackets or a name
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7777")]
     addr: Addr,
 
@@ -49,7 +50,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 
 fn main() -> ExitCode {
     cli::run(|args: Args| {
-        let mut event_loop = EventLoop::new()?;
+        let mut event_loop = EventLoop::new().context("cannot make an event loop")?;
         let mut client = TcpClient::new(&mut event_loop, args)?;
         Ok(event_loop.event_process(&mut client)?)
     })

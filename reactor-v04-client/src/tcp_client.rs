@@ -126,10 +126,9 @@ impl TcpClient {
         self.watch_for_silence(event_loop)
     }
 
+    /// Connecting has succeeded or failed.
     fn do_connected(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        let Some(conn) = &mut self.conn else {
-            return Ok(());
-        };
+        let Some(conn) = &mut self.conn else { return Ok(()) };
         let peer = conn.peer;
         match conn.finish(event_loop) {
             Ok(()) => self.do_write(event_loop),
@@ -167,6 +166,7 @@ impl TcpClient {
         Ok(())
     }
 
+    /// Drops the connection. What has no reply yet is to be sent again.
     fn clean_conn(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         if let Some(conn) = self.conn.take() {
             event_loop.del_io_event(&conn.stream, conn.token)?;
@@ -181,10 +181,9 @@ impl TcpClient {
         self.watch_stdin(event_loop)
     }
 
+    /// Prints the replies that have come, and sends more now that fewer are owed.
     fn do_read(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        let Some(conn) = &mut self.conn else {
-            return Ok(());
-        };
+        let Some(conn) = &mut self.conn else { return Ok(()) };
         trace!("conn_rd_callback: fd {}", conn.stream.as_raw_fd());
         let what = match conn.input.read_from(&conn.stream) {
             Ok(None) => return Ok(()),
@@ -205,18 +204,14 @@ impl TcpClient {
                 return self.do_write(event_loop);
             }
         };
-        let why = anyhow!("{}: {what}, {} messages unanswered", conn.peer, self.unanswered.len());
+        let why = anyhow!("{}: {what}; messages unanswered: {}", conn.peer, self.unanswered.len());
         self.lost(event_loop, why)
     }
 
     /// Prints the replies that are whole.
     fn handle_messages(&mut self) -> anyhow::Result<()> {
-        let Some(conn) = &mut self.conn else {
-            return Ok(());
-        };
-        let Some(mut block) = conn.input.take() else {
-            return Ok(());
-        };
+        let Some(conn) = &mut self.conn else { return Ok(()) };
+        let Some(mut block) = conn.input.take() else { return Ok(()) };
         while let Some(reply) = message::decode(block.data())
             .with_context(|| format!("{} has sent a bad frame", conn.peer))?
         {
@@ -233,17 +228,13 @@ impl TcpClient {
 
     /// Sends what may be sent, and settles what the client waits for next.
     fn do_write(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        let Some(conn) = self.conn.as_mut().filter(|conn| conn.connected) else {
-            return Ok(());
-        };
+        let Some(conn) = self.conn.as_mut().filter(|conn| conn.connected) else { return Ok(()) };
         trace!("conn_wt_callback: fd {}", conn.stream.as_raw_fd());
         if self.unanswered.is_empty() {
             self.heard = Instant::now();
         }
         while self.in_flight < WINDOW {
-            let Some(message) = self.waiting.pop_front() else {
-                break;
-            };
+            let Some(message) = self.waiting.pop_front() else { break };
             conn.send_message(&message, self.args.id)?;
             self.in_flight += HEADER_LEN + message.len();
             self.unanswered.push_back(message);
@@ -259,9 +250,7 @@ impl TcpClient {
 
     /// Takes in the next lines of standard input.
     fn do_stdin(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        let Some(lines) = &mut self.lines else {
-            return Ok(());
-        };
+        let Some(lines) = &mut self.lines else { return Ok(()) };
         match lines.read(&mut self.waiting) {
             Ok(true) => {}
             Ok(false) => self.lines = None,
@@ -313,21 +302,20 @@ impl TcpClient {
         Ok(())
     }
 
+    /// The timer has run out, which only says that it is time to look.
     fn do_silence(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         self.silence_timer = None;
         // This program may have been stopped for a while: what has come meanwhile counts.
         if self.conn.as_ref().is_some_and(|conn| conn.connected) {
             self.do_read(event_loop)?;
         }
-        let Some(conn) = &self.conn else {
-            return Ok(());
-        };
+        let Some(conn) = &self.conn else { return Ok(()) };
         let (timeout, n) = (self.args.timeout, self.unanswered.len());
         if self.heard.elapsed() < timeout || (conn.connected && n == 0) {
             return self.watch_for_silence(event_loop);
         }
         if conn.connected {
-            let why = anyhow!("{}: silent for {timeout:?}, {n} messages unanswered", conn.peer);
+            let why = anyhow!("{}: silent for {timeout:?}; messages unanswered: {n}", conn.peer);
             return self.lost(event_loop, why);
         }
         let (peer, timed_out) = (conn.peer, io::ErrorKind::TimedOut.into());

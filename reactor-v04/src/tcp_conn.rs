@@ -25,6 +25,33 @@ const FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// How long it may take after that to close its side.
 const LINGER: Duration = Duration::from_secs(5);
 
+/// Bytes have come.
+fn conn_rd_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    server.with_conn(event_loop, token, TcpConn::do_read)
+}
+
+/// There is room for what could not be written before.
+fn conn_wt_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    server.with_conn(event_loop, token, TcpConn::do_write)
+}
+
+/// A client that has been refused takes too long.
+fn deadline_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    server.with_conn(event_loop, token, TcpConn::do_give_up)
+}
+
 /// What the client's messages are for: the course's business is an echo.
 fn callback_busi(conn: &mut TcpConn, payload: &[u8], id: i32) -> anyhow::Result<()> {
     conn.send_message(payload, id)
@@ -110,9 +137,7 @@ impl TcpConn {
     /// Hands on all the messages that are whole. After an error nothing of the input is left: where
     /// the next message would begin is not known.
     fn handle_messages(&mut self) -> anyhow::Result<()> {
-        let Some(mut block) = self.input.take() else {
-            return Ok(());
-        };
+        let Some(mut block) = self.input.take() else { return Ok(()) };
         while let Some(message) = message::decode(block.data())? {
             let frame_len = message.frame_len();
             trace!("message: id {}, {} bytes", message.id, message.payload.len());
@@ -203,28 +228,4 @@ impl TcpConn {
         }
         event_loop.del_io_event(&self.stream, self.token)
     }
-}
-
-fn conn_rd_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    server.with_conn(event_loop, token, TcpConn::do_read)
-}
-
-fn conn_wt_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    server.with_conn(event_loop, token, TcpConn::do_write)
-}
-
-fn deadline_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    server.with_conn(event_loop, token, TcpConn::do_give_up)
 }

@@ -42,22 +42,13 @@ impl TcpServer {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         listener.set_nonblocking()?;
-        let callbacks = Callbacks { read: Some(Self::accept_callback), write: None };
+        let callbacks = Callbacks { read: Some(accept_callback), write: None };
         let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
         let pool = BufPool::new(POOL_CAP);
         Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
     }
 
-    /// Step 2: somebody connects, and the listening socket has become readable.
-    fn accept_callback(
-        event_loop: &mut EventLoop<Self>,
-        server: &mut Self,
-        _: Token,
-    ) -> io::Result<()> {
-        trace!("accept_callback: fd {}", server.listener.as_raw_fd());
-        server.do_accept(event_loop)
-    }
-
+    /// Takes in those who wait.
     fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
             match self.listener.accept() {
@@ -71,23 +62,12 @@ impl TcpServer {
                 Accepted::Shortage => {
                     // Those who wait keep the listener readable: watched on, it would spin.
                     event_loop.set_interest(&self.listener, self.token, Interest::NONE)?;
-                    event_loop.run_after(net::ACCEPT_PAUSE, self.token, Self::resume_callback)?;
+                    event_loop.run_after(net::ACCEPT_PAUSE, self.token, resume_callback)?;
                     break;
                 }
             }
         }
         Ok(())
-    }
-
-    fn resume_callback(
-        event_loop: &mut EventLoop<Self>,
-        server: &mut Self,
-        token: Token,
-    ) -> io::Result<()> {
-        if server.draining {
-            return Ok(());
-        }
-        event_loop.set_interest(&server.listener, token, Interest::READ)
     }
 
     /// Step 3: the connection is registered, for reading at first.
@@ -109,9 +89,7 @@ impl TcpServer {
         token: Token,
         turn: fn(&mut TcpConn, &mut EventLoop<Self>) -> io::Result<ControlFlow<()>>,
     ) -> io::Result<()> {
-        let Some(conn) = self.conns.get_mut(&token) else {
-            return Ok(());
-        };
+        let Some(conn) = self.conns.get_mut(&token) else { return Ok(()) };
         match turn(conn, event_loop) {
             Ok(ControlFlow::Continue(())) => return Ok(()),
             Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer()),
@@ -138,7 +116,29 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        info!("stopped, {} connections cut off; buffers: {}", self.conns.len(), self.pool.stats());
+        info!("stopped; connections cut off: {}; buffers: {}", self.conns.len(), self.pool.stats());
         Ok(())
     }
+}
+
+/// Step 2: somebody connects, and the listening socket has become readable.
+fn accept_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    _: Token,
+) -> io::Result<()> {
+    trace!("accept_callback: fd {}", server.listener.as_raw_fd());
+    server.do_accept(event_loop)
+}
+
+/// The pause after a shortage is over.
+fn resume_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    if server.draining {
+        return Ok(());
+    }
+    event_loop.set_interest(&server.listener, token, Interest::READ)
 }

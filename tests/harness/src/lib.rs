@@ -287,8 +287,8 @@ pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
     received
 }
 
-/// Sends bytes of [`pattern`] without reading, until all buffers on the way there and back are full,
-/// and returns what has been sent.
+/// Sends bytes of [`pattern`] without reading, until all buffers on the way there and back are
+/// full, and returns what has been sent.
 #[track_caller]
 pub fn stuff(mut stream: &TcpStream) -> Vec<u8> {
     let bytes = pattern(64 << 20, 7);
