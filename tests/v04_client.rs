@@ -143,7 +143,7 @@ fn pipelines_any_number_of_messages_in_bounded_memory() {
         let line = "x".repeat(n);
         input.extend(line.as_bytes());
         input.push(b'\n');
-        expected += &format!("id=1 len={n} {line}").trim_end();
+        expected += format!("id=1 len={n} {line}").trim_end();
         expected.push('\n');
     }
     assert!(input.len() > 30 << 20);
