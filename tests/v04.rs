@@ -5,15 +5,24 @@
 
 use std::io::Write;
 use std::net::{Shutdown, TcpStream};
-use std::thread;
 
-use harness::{Server, exchange, pattern, read, read_to_end, wait_until, write};
-use nix::sys::signal::Signal;
+use harness::every_reactor::Chapter;
+use harness::{Server, assert_echo, exchange, pattern, read, read_to_end, wait_until, write};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04");
 const MAX_PAYLOAD: usize = 65_527;
 
+/// Replies of up to 1 MiB wait for a client that never reads, and the smaller blocks that they have
+/// grown through are kept for others. Half a message of 60,000 bytes has grown from 16 to 64 KiB.
+const CHAPTER: Chapter = Chapter {
+    exe: EXE,
+    message: |payload| frame(1, payload),
+    stuck_kib: 2048,
+    midway_kib: 64 + 16,
+};
+
 harness::every_server!(EXE, assert_serves);
+harness::every_reactor!(CHAPTER);
 
 fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
     let length = i32::try_from(payload.len()).unwrap();
@@ -22,11 +31,6 @@ fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
 
 fn bad_frame(length: i32) -> Vec<u8> {
     [1_i32.to_le_bytes(), length.to_le_bytes()].concat()
-}
-
-#[track_caller]
-fn assert_echo(client: &TcpStream, bytes: &[u8]) {
-    harness::assert_echo(client, bytes);
 }
 
 #[track_caller]
@@ -161,93 +165,4 @@ fn the_end_of_the_stream_inside_a_message_is_logged() {
         assert_eq!(read_to_end(&client), frame(1, b"whole"));
         server.wait_for_log(&format!("{peer}: closed inside a message, {n} bytes into it"));
     }
-}
-
-#[test]
-fn pending_replies_go_out_after_the_fin() {
-    let server = Server::start(EXE);
-    let client = server.connect();
-    let bytes = frame(1, &pattern(60_000, 1)).repeat(10);
-    server.signal(Signal::SIGSTOP);
-    write(&client, &bytes);
-    client.shutdown(Shutdown::Write).unwrap();
-    server.signal(Signal::SIGCONT);
-    assert!(read_to_end(&client) == bytes);
-}
-
-/// Sends messages without reading until nothing more is taken, and returns what has been sent.
-fn stuff(mut client: &TcpStream) -> Vec<u8> {
-    let bytes = frame(1, &pattern(1000, 7)).repeat(64 << 10);
-    client.set_write_timeout(Some(harness::QUIET)).unwrap();
-    let mut sent = 0;
-    while let Ok(n) = client.write(&bytes[sent..]) {
-        sent += n;
-    }
-    client.set_write_timeout(Some(harness::LIMIT)).unwrap();
-    assert!(sent < bytes.len(), "all {sent} bytes have been taken, and none read");
-    bytes[..sent].to_vec()
-}
-
-#[test]
-fn a_client_that_never_reads_is_bounded_and_disturbs_nobody() {
-    let server = Server::start(EXE);
-    let other = server.connect();
-    assert_echo(&other, &frame(1, b"before"));
-    let before = server.status("VmRSS");
-    let deaf = server.connect();
-    let sent = stuff(&deaf);
-    assert_echo(&other, &frame(1, b"after"));
-    let after = server.status("VmRSS");
-    assert!(after < before + 2048, "{before} kB before, {after} kB after");
-    let cpu = server.cpu();
-    thread::sleep(harness::QUIET);
-    assert!(server.cpu() - cpu < harness::QUIET / 10, "it spins");
-    // It goes on where it stopped when the client reads.
-    deaf.shutdown(Shutdown::Write).unwrap();
-    let replies = read_to_end(&deaf);
-    assert!(replies == sent[..sent.len() - sent.len() % 1008]);
-}
-
-#[test]
-fn a_reset_ends_one_connection_and_is_logged() {
-    let server = Server::start(EXE);
-    let client = server.connect();
-    let peer = client.local_addr().unwrap();
-    write(&client, &frame(1, b"not read"));
-    server.signal(Signal::SIGSTOP);
-    harness::reset(client);
-    server.signal(Signal::SIGCONT);
-    server.wait_for_log(&format!("{peer}: dropped: "));
-    assert_serves(&server.connect());
-}
-
-#[test]
-fn stops_on_sigint_and_sigterm_with_what_is_pending_delivered() {
-    for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let mut server = Server::start(EXE);
-        let idle = server.connect();
-        assert_echo(&idle, &frame(1, b"hello"));
-        let late = server.connect();
-        let sent = stuff(&late);
-        server.signal(signal);
-        // What is in the server's own buffer and in the kernel's: whole replies, in order.
-        let replies = read_to_end(&late);
-        assert!(replies.len() > 100_000 && sent.starts_with(&replies));
-        assert_eq!(read_to_end(&idle), b"");
-        drop(late);
-        assert_eq!(server.wait().code(), Some(0));
-        server.wait_for_log("stopped; connections cut off: 0; buffers: 0 B in use");
-    }
-}
-
-/// More clients than fds, as in chapter 3.
-#[test]
-fn serves_whom_it_has_when_it_is_out_of_fds() {
-    let server = Server::start_under(EXE, "-n 20");
-    let clients: Vec<TcpStream> = (0..40).map(|_| server.connect()).collect();
-    server.wait_for_log("cannot accept: Too many open files");
-    for client in clients {
-        assert_serves(&client);
-    }
-    assert_eq!(server.log().matches("cannot accept").count(), 1);
 }

@@ -141,7 +141,8 @@ impl OutputBuf {
     pub fn write_to<F: AsFd>(&mut self, fd: F) -> io::Result<usize> {
         let mut written = 0;
         while let Some(block) = &mut self.block {
-            let Some(n) = retry_interrupted(|| unistd::write(&fd, block.data()))? else { break };
+            let result = retry_interrupted(|| unistd::write(&fd, block.data()))?;
+            let Some(n @ 1..) = result else { break };
             trace!("write: {n} of {} bytes to fd {}", block.len(), fd.as_fd().as_raw_fd());
             block.pop(n);
             written += n;

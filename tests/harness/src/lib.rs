@@ -5,6 +5,7 @@
 // A test that cannot get a socket or a process has failed, and says so best by a panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod every_reactor;
 pub mod every_server;
 
 use std::fs;
@@ -287,11 +288,10 @@ pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
     received
 }
 
-/// Sends bytes of [`pattern`] without reading, until all buffers on the way there and back are
-/// full, and returns what has been sent.
+/// Sends `bytes` without reading until all buffers on the way there and back are full, and returns
+/// how many went.
 #[track_caller]
-pub fn stuff(mut stream: &TcpStream) -> Vec<u8> {
-    let bytes = pattern(64 << 20, 7);
+pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
     stream.set_write_timeout(Some(QUIET)).unwrap();
     let mut sent = 0;
     loop {
@@ -303,7 +303,7 @@ pub fn stuff(mut stream: &TcpStream) -> Vec<u8> {
         }
     }
     stream.set_write_timeout(Some(LIMIT)).unwrap();
-    bytes[..sent].to_vec()
+    sent
 }
 
 /// Closes with a reset instead of a FIN: what happens when there is unread input.

@@ -1,0 +1,514 @@
+//! What every server on the event loop promises: chapters 3 and 4.
+//! [`every_reactor!`](crate::every_reactor!) makes a test of each promise.
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt::RcvBuf};
+
+use crate::{
+    QUIET, Server, assert_echo, pattern, raise_fd_limit, read, read_to_end, reset, wait_until,
+    write,
+};
+
+/// A chapter, as these tests see it.
+#[derive(Clone, Copy)]
+pub struct Chapter {
+    /// Its binary.
+    pub exe: &'static str,
+    /// What to send so that the payload is in it and all of it comes back.
+    pub message: fn(&[u8]) -> Vec<u8>,
+    /// What one client that never reads may cost the server, in KiB.
+    pub stuck_kib: u64,
+    /// What one client may cost that has stopped in the middle of something, in KiB.
+    pub midway_kib: u64,
+}
+
+/// One test per promise, for the [`Chapter`] `$chapter`.
+#[macro_export]
+macro_rules! every_reactor {
+    ($chapter:expr, [$($promise:ident),* $(,)?]) => {
+        mod every_reactor {
+            use super::*;
+
+            $(
+                #[test]
+                fn $promise() {
+                    harness::every_reactor::$promise($chapter);
+                }
+            )*
+        }
+    };
+    ($chapter:expr) => {
+        harness::every_reactor!($chapter, [
+            the_second_client_does_not_wait,
+            every_client_gets_its_own_bytes_back,
+            what_came_before_the_fin_goes_back_after_it,
+            what_is_stuck_goes_back_after_the_fin,
+            a_client_that_never_reads_costs_a_bounded_amount,
+            twenty_four_clients_that_never_read_disturb_nobody,
+            two_hundred_clients_that_stop_midway_cost_little,
+            a_client_that_never_stops_leaves_the_others_their_turn,
+            a_slow_reader_gets_everything,
+            a_reset_ends_one_connection_and_is_logged,
+            resets_at_any_moment_leave_nothing_behind,
+            thousands_who_say_nothing_leave_nothing_behind,
+            urgent_data_does_no_harm,
+            a_reused_fd_never_sees_the_bytes_of_the_one_before,
+            serves_whom_it_has_when_it_is_out_of_fds,
+            ten_thousand_idle_clients_hold_no_blocks,
+            stops_on_sigint_and_sigterm,
+            answers_what_came_before_the_signal,
+            delivers_what_is_pending_before_it_stops,
+            a_client_that_never_reads_does_not_keep_it_from_stopping,
+        ]);
+    };
+}
+
+impl Chapter {
+    #[track_caller]
+    fn start(&self) -> Server {
+        Server::start(self.exe)
+    }
+
+    /// Sends `payload` and gets it back.
+    #[track_caller]
+    fn ping(&self, client: &TcpStream, payload: &[u8]) {
+        assert_echo(client, &(self.message)(payload));
+    }
+
+    /// About `n` bytes of whole messages.
+    fn messages(&self, n: usize, seed: u64) -> Vec<u8> {
+        let message = (self.message)(&pattern(1000, seed));
+        message.repeat(n.div_ceil(message.len()))
+    }
+
+    /// Sends whole messages without reading until no more is taken, and returns what has been sent
+    /// and what is left of the last message, from the same thread.
+    #[track_caller]
+    fn stuff(&self, client: &TcpStream) -> (Vec<u8>, Vec<u8>) {
+        let bytes = self.messages(64 << 20, 7);
+        let sent = crate::send_until_stuck(client, &bytes);
+        let len = (self.message)(&[0; 1000]).len();
+        let end = sent.next_multiple_of(len);
+        (bytes[..sent].to_vec(), bytes[sent..end].to_vec())
+    }
+}
+
+#[track_caller]
+fn assert_idle(server: &Server) {
+    let before = server.cpu();
+    thread::sleep(QUIET);
+    let used = server.cpu() - before;
+    assert!(used < QUIET / 10, "used the processor for {used:?} while nothing could be done");
+}
+
+/// SIGTERM ends it with code 0, and at that time no connection is left, and no block in use.
+#[track_caller]
+fn assert_stops_with_nothing_in_use(mut server: Server) {
+    server.signal(Signal::SIGTERM);
+    assert_stopped_with_nothing_in_use(&mut server);
+}
+
+#[track_caller]
+fn assert_stopped_with_nothing_in_use(server: &mut Server) {
+    assert_eq!(server.wait().code(), Some(0));
+    server.wait_for_log("stopped; connections cut off: 0; buffers: 0 B in use");
+}
+
+/// What chapter 2 cannot do.
+pub fn the_second_client_does_not_wait(chapter: Chapter) {
+    let server = chapter.start();
+    let first = server.connect();
+    chapter.ping(&first, b"first");
+    let second = server.connect();
+    chapter.ping(&second, b"second");
+    chapter.ping(&first, b"still first");
+}
+
+/// The C++ v0.3 has one buffer for all clients, and mixes up two of one batch.
+pub fn every_client_gets_its_own_bytes_back(chapter: Chapter) {
+    let server = chapter.start();
+    let clients: Vec<_> =
+        (0..200).map(|n| (server.connect(), (chapter.message)(&pattern(1000, n)))).collect();
+    for _ in 0..5 {
+        server.signal(Signal::SIGSTOP);
+        for (client, bytes) in &clients {
+            write(client, bytes);
+        }
+        server.signal(Signal::SIGCONT);
+        for (client, bytes) in &clients {
+            assert_eq!(&read(client, bytes.len()), bytes);
+        }
+    }
+}
+
+pub fn what_came_before_the_fin_goes_back_after_it(chapter: Chapter) {
+    let server = chapter.start();
+    for n in [1, 5_000, 200_000] {
+        let client = server.connect();
+        let bytes = chapter.messages(n, 1);
+        server.signal(Signal::SIGSTOP);
+        write(&client, &bytes);
+        client.shutdown(Shutdown::Write).unwrap();
+        server.signal(Signal::SIGCONT);
+        assert!(read_to_end(&client) == bytes);
+    }
+}
+
+/// The FIN comes while the server cannot write, because the client reads late.
+pub fn what_is_stuck_goes_back_after_the_fin(chapter: Chapter) {
+    let server = chapter.start();
+    let client = server.connect();
+    let (mut sent, rest) = chapter.stuff(&client);
+    let mut writer = client.try_clone().unwrap();
+    let sender = thread::spawn(move || {
+        writer.write_all(&rest).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+        rest
+    });
+    let received = read_to_end(&client);
+    sent.extend(sender.join().unwrap());
+    assert!(received == sent);
+}
+
+pub fn a_client_that_never_reads_costs_a_bounded_amount(chapter: Chapter) {
+    let server = chapter.start();
+    let other = server.connect();
+    chapter.ping(&other, b"before");
+    let before = server.status("VmRSS");
+    let deaf = server.connect();
+    chapter.stuff(&deaf);
+    chapter.ping(&other, b"after");
+    let grown = server.status("VmRSS") - before;
+    assert!(grown < chapter.stuck_kib + 256, "by {grown} KiB");
+    assert_idle(&server);
+    reset(deaf);
+    chapter.ping(&other, b"and again");
+    drop(other);
+    assert_stops_with_nothing_in_use(server);
+}
+
+pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
+    let server = chapter.start();
+    let other = server.connect();
+    chapter.ping(&other, b"before");
+    let before = server.status("VmRSS");
+    let deaf: Vec<TcpStream> = (0..24).map(|_| server.connect()).collect();
+    thread::scope(|scope| {
+        for client in &deaf {
+            scope.spawn(|| chapter.stuff(client));
+        }
+        other.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        for _ in 0..100 {
+            chapter.ping(&other, b"served within the second");
+        }
+    });
+    let grown = server.status("VmRSS") - before;
+    assert!(grown < 24 * chapter.stuck_kib + 256, "by {grown} KiB");
+    chapter.ping(&other, b"after");
+    assert_idle(&server);
+}
+
+pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
+    let server = chapter.start();
+    let other = server.connect();
+    chapter.ping(&other, b"before");
+    let before = server.status("VmRSS");
+    let message = (chapter.message)(&pattern(60_000, 3));
+    let half = message.len() / 2;
+    let clients: Vec<TcpStream> = (0..200).map(|_| server.connect()).collect();
+    for client in &clients {
+        write(client, &message[..half]);
+    }
+    chapter.ping(&other, b"served");
+    assert_idle(&server);
+    let grown = server.status("VmRSS") - before;
+    assert!(grown < 200 * chapter.midway_kib + 256, "by {grown} KiB");
+    // And they may go on after all.
+    for client in &clients {
+        write(client, &message[half..]);
+    }
+    for client in &clients {
+        assert!(read(client, message.len()) == message);
+    }
+}
+
+pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) {
+    let server = chapter.start();
+    let busy = server.connect();
+    let done = AtomicBool::new(false);
+    let received = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let bytes = chapter.messages(1 << 20, 1);
+            while !done.load(Ordering::Relaxed) {
+                write(&busy, &bytes);
+            }
+            busy.shutdown(Shutdown::Write).unwrap();
+        });
+        scope.spawn(|| {
+            let mut block = vec![0; 1 << 16];
+            while let Ok(n @ 1..) = (&busy).read(&mut block) {
+                received.fetch_add(n, Ordering::Relaxed);
+            }
+        });
+        wait_until("it is under way", || received.load(Ordering::Relaxed) > 4 << 20);
+        let other = server.connect();
+        other.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+        for _ in 0..200 {
+            chapter.ping(&other, b"served within the second");
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+}
+
+/// With a small window and pauses between its reads, so that the server's writes are partial.
+pub fn a_slow_reader_gets_everything(chapter: Chapter) {
+    let server = chapter.start();
+    let client = server.connect();
+    setsockopt(&client, RcvBuf, &32_768).unwrap();
+    let bytes = chapter.messages(4 << 20, 5);
+    let mut writer = client.try_clone().unwrap();
+    let sent = bytes.clone();
+    let sender = thread::spawn(move || {
+        writer.write_all(&sent).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut received = Vec::new();
+    let mut block = vec![0; 10_000];
+    for n in 0.. {
+        let len = (&client).read(&mut block).unwrap();
+        if len == 0 {
+            break;
+        }
+        received.extend_from_slice(&block[..len]);
+        if n % 16 == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    sender.join().unwrap();
+    assert!(received == bytes);
+}
+
+pub fn a_reset_ends_one_connection_and_is_logged(chapter: Chapter) {
+    let server = chapter.start();
+    let other = server.connect();
+    let client = server.connect();
+    let peer = client.local_addr().unwrap();
+    chapter.ping(&client, b"hello");
+    reset(client);
+    server.wait_for_log(&format!("{peer}: dropped: Connection reset by peer"));
+    chapter.ping(&other, b"served");
+}
+
+/// Before anything, in the queue before accept, in the middle of something, with replies unread,
+/// while the server cannot write.
+pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
+    let server = chapter.start();
+    let fds = server.fds();
+    let message = (chapter.message)(&pattern(10_000, 1));
+    for n in 0..200 {
+        let stopped = n % 8 < 4;
+        if stopped {
+            server.signal(Signal::SIGSTOP);
+        }
+        let client = server.connect();
+        match n % 4 {
+            0 => {}
+            1 => write(&client, &message[..message.len() / 2]),
+            2 => write(&client, &message),
+            _ => {
+                write(&client, &message);
+                client.shutdown(Shutdown::Write).unwrap();
+            }
+        }
+        reset(client);
+        if stopped {
+            server.signal(Signal::SIGCONT);
+        }
+    }
+    for _ in 0..3 {
+        let client = server.connect();
+        chapter.stuff(&client);
+        reset(client);
+    }
+    wait_until("all are closed", || server.fds() == fds);
+    chapter.ping(&server.connect(), b"served");
+    assert_stops_with_nothing_in_use(server);
+}
+
+pub fn thousands_who_say_nothing_leave_nothing_behind(chapter: Chapter) {
+    let server = chapter.start();
+    let fds = server.fds();
+    for n in 0..3000 {
+        let client = server.connect();
+        if n % 2 == 0 {
+            reset(client);
+        }
+    }
+    wait_until("all are closed", || server.fds() == fds);
+    chapter.ping(&server.connect(), b"served");
+    assert_stops_with_nothing_in_use(server);
+}
+
+/// Urgent data (MSG_OOB) is not part of the stream, and nobody has asked for it.
+pub fn urgent_data_does_no_harm(chapter: Chapter) {
+    let server = chapter.start();
+    let client = server.connect();
+    let message = (chapter.message)(b"hello");
+    write(&client, &message[..4]);
+    send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
+    write(&client, &message[4..]);
+    assert_eq!(read(&client, message.len()), message);
+    assert_idle(&server);
+}
+
+/// Clients of one batch go, with and without replies pending, and others come in their places: the
+/// fds are the same, the bytes are not.
+pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
+    let server = chapter.start();
+    let mut clients: HashMap<u64, TcpStream> = HashMap::new();
+    let bytes_of = |n: u64| (chapter.message)(&pattern(3000, n));
+    for round in 0..40_u64 {
+        server.signal(Signal::SIGSTOP);
+        for n in round * 20..(round + 1) * 20 {
+            // Twenty come, and those of the round before go, each in another way.
+            if let Some(client) = clients.remove(&n.wrapping_sub(20)) {
+                match n % 4 {
+                    0 => drop(client),
+                    1 => reset(client),
+                    2 => {
+                        write(&client, &bytes_of(n - 20));
+                        reset(client);
+                    }
+                    _ => {
+                        write(&client, &bytes_of(n - 20));
+                        client.shutdown(Shutdown::Write).unwrap();
+                        clients.insert(u64::MAX - n, client);
+                    }
+                }
+            }
+            let client = server.connect();
+            if n % 2 == 0 {
+                write(&client, &bytes_of(n));
+            }
+            clients.insert(n, client);
+        }
+        server.signal(Signal::SIGCONT);
+        for n in round * 20..(round + 1) * 20 {
+            let client = &clients[&n];
+            let bytes = bytes_of(n);
+            if n % 2 != 0 {
+                write(client, &bytes);
+            }
+            assert_eq!(read(client, bytes.len()), bytes, "client {n}");
+            if let Some(gone) = clients.get(&(u64::MAX - n)) {
+                assert_eq!(read_to_end(gone), bytes_of(n - 20), "client {n}'s predecessor");
+            }
+        }
+    }
+}
+
+/// More clients than fds: those who are in are served, the others wait until somebody leaves. One
+/// line in the log, and no spinning. (The C++ course's servers spin or exit.)
+pub fn serves_whom_it_has_when_it_is_out_of_fds(chapter: Chapter) {
+    let server = Server::start_under(chapter.exe, "-n 64");
+    let clients: Vec<TcpStream> = (0..120).map(|_| server.connect()).collect();
+    server.wait_for_log("cannot accept: Too many open files");
+    chapter.ping(&clients[0], b"one of the first");
+    assert_idle(&server);
+    assert_eq!(server.log().matches("cannot accept").count(), 1);
+    for client in clients {
+        chapter.ping(&client, b"served in the end");
+    }
+    server.wait_for_log("accepting again");
+    assert_eq!(server.log().matches("cannot accept").count(), 1);
+    assert_stops_with_nothing_in_use(server);
+}
+
+pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
+    raise_fd_limit();
+    let mut server = chapter.start();
+    let clients: Vec<TcpStream> = (0..10_000).map(|_| server.connect()).collect();
+    for client in clients.iter().step_by(1000) {
+        chapter.ping(client, b"hello");
+    }
+    assert_idle(&server);
+    let wakeups = server.status("voluntary_ctxt_switches");
+    thread::sleep(QUIET);
+    assert_eq!(server.status("voluntary_ctxt_switches"), wakeups);
+    server.signal(Signal::SIGTERM);
+    assert_stopped_with_nothing_in_use(&mut server);
+    assert_eq!(read_to_end(&clients[0]), b"");
+    // One after the other they had one block, or two: one for what came and one for what went.
+    let log = server.wait_for_log("stopped");
+    assert!(log.ends_with(", 4096 B at most") || log.ends_with(", 8192 B at most"), "{log}");
+}
+
+pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut server = chapter.start();
+        let idle = server.connect();
+        chapter.ping(&idle, b"hello");
+        server.signal(signal);
+        assert_stopped_with_nothing_in_use(&mut server);
+        assert_eq!(read_to_end(&idle), b"");
+    }
+}
+
+pub fn answers_what_came_before_the_signal(chapter: Chapter) {
+    let mut server = chapter.start();
+    let client = server.connect();
+    chapter.ping(&client, b"hello");
+    let message = (chapter.message)(b"just in time");
+    server.signal(Signal::SIGSTOP);
+    write(&client, &message);
+    server.signal(Signal::SIGTERM);
+    server.signal(Signal::SIGCONT);
+    assert_eq!(read_to_end(&client), message);
+    drop(client);
+    assert_stopped_with_nothing_in_use(&mut server);
+}
+
+/// What is in the server's own buffer, and in the kernel's.
+pub fn delivers_what_is_pending_before_it_stops(chapter: Chapter) {
+    let mut server = chapter.start();
+    let client = server.connect();
+    let (sent, _) = chapter.stuff(&client);
+    server.signal(Signal::SIGTERM);
+    let received = receive_until_closed(&client);
+    assert!(received.len() > 100_000 && sent.starts_with(&received));
+    drop(client);
+    assert_stopped_with_nothing_in_use(&mut server);
+}
+
+/// Reads until the end of the stream, or a reset, which is what a client may get that has sent more
+/// than a server that stops will read.
+#[track_caller]
+fn receive_until_closed(mut client: &TcpStream) -> Vec<u8> {
+    let mut received = Vec::new();
+    match client.read_to_end(&mut received) {
+        Ok(_) => {}
+        Err(err) if err.kind() == ErrorKind::ConnectionReset => {}
+        Err(err) => panic!("{err}"),
+    }
+    received
+}
+
+pub fn a_client_that_never_reads_does_not_keep_it_from_stopping(chapter: Chapter) {
+    let mut server = chapter.start();
+    let deaf = server.connect();
+    chapter.stuff(&deaf);
+    let start = Instant::now();
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.wait().code(), Some(0));
+    assert!(start.elapsed() < Duration::from_secs(10));
+    server.wait_for_log("stopped; connections cut off: 1");
+}
