@@ -1,0 +1,461 @@
+//! Properties that hold for any input and any order of operations, tried on random ones.
+
+// A test fails by a panic, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::buf_pool::{BufPool, SIZE_CLASSES};
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
+use common::message::{self, BadLength, MAX_PAYLOAD};
+use common::reactor_buf::{InputBuf, OutputBuf};
+use proptest::collection::vec;
+use proptest::prelude::*;
+
+const MIB: usize = 1 << 20;
+
+fn pair() -> (UnixStream, UnixStream) {
+    let (a, b) = UnixStream::pair().unwrap();
+    a.set_nonblocking(true).unwrap();
+    b.set_nonblocking(true).unwrap();
+    (a, b)
+}
+
+/// Bytes that differ from place to place, and from call to call.
+fn bytes(n: usize, seed: &mut u8) -> Vec<u8> {
+    *seed = seed.wrapping_add(1);
+    (0..n).map(|i| (i.wrapping_mul(31) ^ (i >> 8)) as u8 ^ *seed).collect()
+}
+
+#[derive(Clone, Debug)]
+enum BlockOp {
+    Append(usize),
+    Pop(usize),
+    Adjust,
+    Clear,
+}
+
+fn block_ops() -> impl Strategy<Value = Vec<BlockOp>> {
+    vec(
+        prop_oneof![
+            4 => (0..6000_usize).prop_map(BlockOp::Append),
+            4 => (0..6000_usize).prop_map(BlockOp::Pop),
+            1 => Just(BlockOp::Adjust),
+            1 => Just(BlockOp::Clear),
+        ],
+        0..60,
+    )
+}
+
+proptest! {
+    /// A block is a `Vec<u8>` with a bound, at whose front popped bytes take up room.
+    #[test]
+    fn a_block_holds_what_was_appended_and_not_popped(size in 0..40_000_usize, ops in block_ops()) {
+        let pool = BufPool::new(MIB);
+        let mut block = pool.alloc(size).unwrap();
+        let mut model: Vec<u8> = Vec::new();
+        let mut head = 0;
+        let mut seed = 0;
+        for op in ops {
+            match op {
+                BlockOp::Append(n) => {
+                    let data = bytes(n, &mut seed);
+                    let fits = n.min(block.capacity() - head - model.len());
+                    prop_assert_eq!(block.append(&data), fits);
+                    model.extend_from_slice(&data[..fits]);
+                }
+                BlockOp::Pop(n) => {
+                    let n = n.min(model.len());
+                    block.pop(n);
+                    model.drain(..n);
+                    head = if model.is_empty() { 0 } else { head + n };
+                }
+                BlockOp::Adjust => {
+                    block.adjust();
+                    head = 0;
+                }
+                BlockOp::Clear => {
+                    block.clear();
+                    model.clear();
+                    head = 0;
+                }
+            }
+            prop_assert_eq!(block.data(), &model[..]);
+            prop_assert_eq!((block.head(), block.len()), (head, model.len()));
+            prop_assert_eq!(block.room(), block.capacity() - head - model.len());
+        }
+        drop(block);
+        prop_assert_eq!(pool.stats().in_use, 0);
+    }
+
+    /// Whatever is taken and given back, in use and free add up, and the cap holds.
+    #[test]
+    fn a_pool_keeps_its_books(
+        cap in 0..3 * MIB,
+        ops in vec((any::<bool>(), 0..2 * MIB), 0..80),
+    ) {
+        let pool = BufPool::new(cap);
+        let mut blocks = Vec::new();
+        let mut high_water = 0;
+        for (take, n) in ops {
+            if take {
+                match pool.alloc(n) {
+                    Ok(block) => blocks.push(block),
+                    Err(_) => {
+                        let class = SIZE_CLASSES.into_iter().find(|&class| class >= n).unwrap();
+                        let in_use: usize = blocks.iter().map(|block| block.capacity()).sum();
+                        prop_assert!(in_use + class > cap, "refused {} of {}", class, cap - in_use);
+                    }
+                }
+            } else if !blocks.is_empty() {
+                blocks.swap_remove(n % blocks.len());
+            }
+            let stats = pool.stats();
+            let in_use = blocks.iter().map(|block| block.capacity()).sum();
+            high_water = high_water.max(in_use);
+            prop_assert_eq!(stats.in_use, in_use);
+            prop_assert_eq!(stats.high_water, high_water);
+            prop_assert!(stats.in_use + stats.free <= cap);
+            prop_assert_eq!(stats.free, stats.classes.iter().map(|c| c.size * c.free).sum::<usize>());
+            prop_assert_eq!(in_use, stats.classes.iter().map(|c| c.size * c.in_use).sum::<usize>());
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum StreamOp {
+    /// The peer sends so many bytes.
+    PeerSends(usize),
+    /// One read from the socket.
+    Read,
+    /// Takes the input out, pops so many bytes and puts the rest back.
+    Pop(usize),
+    /// Moves all of the input to the output.
+    Move,
+    /// Adds so many bytes to the output.
+    Send(usize),
+    /// Writes what the socket takes.
+    Write,
+    /// The peer reads at most so many bytes.
+    PeerReads(usize),
+}
+
+fn stream_ops() -> impl Strategy<Value = Vec<StreamOp>> {
+    let some = || prop_oneof![0..100_usize, 0..300_000_usize];
+    let op = prop_oneof![
+        some().prop_map(StreamOp::PeerSends),
+        Just(StreamOp::Read),
+        some().prop_map(StreamOp::Pop),
+        Just(StreamOp::Move),
+        some().prop_map(StreamOp::Send),
+        Just(StreamOp::Write),
+        some().prop_map(StreamOp::PeerReads),
+    ];
+    vec(op, 0..80)
+}
+
+fn read_up_to(stream: &mut UnixStream, n: usize) -> Vec<u8> {
+    let mut received = vec![0; n];
+    match stream.read(&mut received) {
+        Ok(n) => received.truncate(n),
+        Err(err) if err.kind() == io::ErrorKind::WouldBlock => received.clear(),
+        Err(err) => panic!("{err}"),
+    }
+    received
+}
+
+proptest! {
+    /// Both buffers are queues of bytes: nothing is lost, doubled or out of order, and no block is
+    /// held without bytes in it, whatever the partial reads and writes in between.
+    #[test]
+    fn bytes_go_through_the_buffers_as_through_queues(ops in stream_ops()) {
+        let pool = BufPool::new(64 * MIB);
+        let (socket, mut peer) = pair();
+        let (mut input, mut output) = (InputBuf::new(&pool), OutputBuf::new(&pool));
+        // In the sockets, and in the buffers.
+        let (mut coming, mut going) = (VecDeque::<u8>::new(), VecDeque::<u8>::new());
+        let (mut input_model, mut output_model) = (VecDeque::<u8>::new(), VecDeque::<u8>::new());
+        let mut seed = 0;
+        for op in ops {
+            match op {
+                StreamOp::PeerSends(n) => {
+                    let data = bytes(n, &mut seed);
+                    let sent = peer.write(&data).unwrap_or(0);
+                    coming.extend(&data[..sent]);
+                }
+                StreamOp::Read => {
+                    let n = input.read_from(&socket).unwrap();
+                    prop_assert_eq!(n.is_none(), coming.is_empty());
+                    input_model.extend(coming.drain(..n.unwrap_or(0)));
+                }
+                StreamOp::Pop(n) => {
+                    if let Some(mut block) = input.take() {
+                        prop_assert!(input_model.iter().eq(block.data()));
+                        let n = n.min(block.len());
+                        block.pop(n);
+                        input_model.drain(..n);
+                        input.put_back(block);
+                    }
+                }
+                StreamOp::Move => {
+                    if let Some(block) = input.take() {
+                        output.send_block(block).unwrap();
+                        output_model.append(&mut input_model);
+                    }
+                }
+                StreamOp::Send(n) => {
+                    // Beyond 8 MiB no block is large enough, which is another test's matter.
+                    if output.len() + n <= 8 * MIB {
+                        let data = bytes(n, &mut seed);
+                        output.send_data(&data[..]).unwrap();
+                        output_model.extend(data);
+                    }
+                }
+                StreamOp::Write => {
+                    let n = output.write_to(&socket).unwrap();
+                    going.extend(output_model.drain(..n));
+                }
+                StreamOp::PeerReads(n) => {
+                    let received = read_up_to(&mut peer, n);
+                    prop_assert!(going.drain(..received.len()).eq(received));
+                }
+            }
+            prop_assert_eq!((input.len(), output.len()), (input_model.len(), output_model.len()));
+            let held = usize::from(!input.is_empty()) + usize::from(!output.is_empty());
+            let blocks: usize = pool.stats().classes.iter().map(|class| class.in_use).sum();
+            prop_assert_eq!(blocks, held);
+        }
+    }
+}
+
+fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
+    let header = message::encode_header(id, payload.len()).unwrap();
+    [&header[..], payload].concat()
+}
+
+/// What a connection does with bytes that come in pieces: the messages, why it stopped if it did,
+/// and the most memory that it had in use.
+fn receive(pieces: &[&[u8]]) -> (Vec<(i32, Vec<u8>)>, Option<BadLength>, usize) {
+    let pool = BufPool::new(MIB);
+    let (socket, mut peer) = pair();
+    let mut input = InputBuf::new(&pool);
+    let mut messages = Vec::new();
+    for piece in pieces {
+        peer.write_all(piece).unwrap();
+        while let Some(1..) = input.read_from(&socket).unwrap() {
+            let mut block = input.take().unwrap();
+            loop {
+                match message::decode(block.data()) {
+                    Ok(None) => break,
+                    Ok(Some(message)) => {
+                        messages.push((message.id, message.payload.to_vec()));
+                        let n = message.frame_len();
+                        block.pop(n);
+                    }
+                    Err(err) => return (messages, Some(err), pool.stats().high_water),
+                }
+            }
+            input.put_back(block);
+        }
+    }
+    (messages, None, pool.stats().high_water)
+}
+
+/// Pieces small enough for the buffer of a socket.
+fn cut(stream: &[u8], at: &[prop::sample::Index]) -> Vec<Vec<u8>> {
+    let mut cuts: BTreeSet<usize> = at.iter().map(|at| at.index(stream.len() + 1)).collect();
+    cuts.extend((0..stream.len()).step_by(60_000));
+    cuts.insert(stream.len());
+    let cuts: Vec<usize> = cuts.into_iter().collect();
+    cuts.windows(2).map(|ends| stream[ends[0]..ends[1]].to_vec()).collect()
+}
+
+proptest! {
+    #[test]
+    fn any_stream_cut_anywhere_decodes_to_the_same_messages(
+        messages in vec((any::<i32>(), prop_oneof![0..40_usize, 0..=MAX_PAYLOAD]), 0..12),
+        at in vec(any::<prop::sample::Index>(), 0..20),
+    ) {
+        let mut seed = 0;
+        let messages: Vec<(i32, Vec<u8>)> =
+            messages.into_iter().map(|(id, n)| (id, bytes(n, &mut seed))).collect();
+        let stream: Vec<u8> =
+            messages.iter().flat_map(|(id, payload)| frame(*id, payload)).collect();
+        let pieces = cut(&stream, &at);
+        let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+        let (received, error, _) = receive(&pieces);
+        prop_assert_eq!(error, None);
+        prop_assert!(received == messages);
+    }
+
+    /// Nothing makes the codec panic, or hold more than one block of 64 KiB and the one before it.
+    #[test]
+    fn arbitrary_bytes_are_decoded_or_refused_in_bounded_memory(
+        good in vec((any::<i32>(), 0..=MAX_PAYLOAD), 0..3),
+        garbage in vec(any::<u8>(), 0..200_000),
+        at in vec(any::<prop::sample::Index>(), 0..20),
+    ) {
+        let mut stream: Vec<u8> =
+            good.iter().flat_map(|(id, n)| frame(*id, &bytes(*n, &mut 0))).collect();
+        stream.extend(garbage);
+        let pieces = cut(&stream, &at);
+        let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
+        let (received, error, high_water) = receive(&pieces);
+        prop_assert!(received.len() >= good.len());
+        if let Some(BadLength(length)) = error {
+            prop_assert!(!(0..=MAX_PAYLOAD as i64).contains(&length));
+        }
+        prop_assert!(high_water <= SIZE_CLASSES[2] + SIZE_CLASSES[1], "{}", high_water);
+    }
+}
+
+#[derive(Clone, Debug)]
+enum LoopOp {
+    Add(Interest),
+    /// Of the live registration with this number, modulo how many there are.
+    Change(usize, Interest),
+    Delete(usize),
+    PeerSends(usize),
+    PeerCloses(usize),
+    /// Deletes one, closes its socket and adds another, which has the same fd as a rule.
+    Replace(usize, Interest),
+    /// Uses a token whose registration is gone.
+    Stale(usize),
+}
+
+fn interest() -> impl Strategy<Value = Interest> {
+    (any::<bool>(), any::<bool>()).prop_map(|(read, write)| Interest { read, write })
+}
+
+fn loop_ops() -> impl Strategy<Value = Vec<LoopOp>> {
+    let op = prop_oneof![
+        3 => interest().prop_map(LoopOp::Add),
+        2 => (any::<usize>(), interest()).prop_map(|(n, interest)| LoopOp::Change(n, interest)),
+        1 => any::<usize>().prop_map(LoopOp::Delete),
+        2 => any::<usize>().prop_map(LoopOp::PeerSends),
+        1 => any::<usize>().prop_map(LoopOp::PeerCloses),
+        2 => (any::<usize>(), interest()).prop_map(|(n, interest)| LoopOp::Replace(n, interest)),
+        1 => any::<usize>().prop_map(LoopOp::Stale),
+    ];
+    vec(op, 0..40)
+}
+
+struct Entry {
+    socket: UnixStream,
+    peer: Option<UnixStream>,
+    token: Token,
+    interest: Interest,
+    readable: bool,
+}
+
+impl Entry {
+    /// Which callbacks the loop owes it.
+    fn due(&self) -> (bool, bool) {
+        let hung_up = self.peer.is_none();
+        let read = self.interest.read && (self.readable || hung_up)
+            || self.interest == Interest::NONE && hung_up;
+        (read, self.interest.write)
+    }
+}
+
+/// Who has been called, and for what: reading is `false`, writing `true`.
+type Calls = Vec<(Token, bool)>;
+
+fn add(event_loop: &mut EventLoop<Calls>, interest: Interest) -> Entry {
+    let (socket, peer) = pair();
+    let callbacks = Callbacks {
+        read: Some(|_: &mut EventLoop<Calls>, calls: &mut Calls, token| {
+            calls.push((token, false));
+            Ok(())
+        }),
+        write: Some(|_: &mut EventLoop<Calls>, calls: &mut Calls, token| {
+            calls.push((token, true));
+            Ok(())
+        }),
+    };
+    let token = event_loop.add_io_event(&socket, interest, callbacks).unwrap();
+    Entry { socket, peer: Some(peer), token, interest, readable: false }
+}
+
+/// Runs the loop until everything that is ready now has been reported at least once.
+fn run(event_loop: &mut EventLoop<Calls>) -> Calls {
+    let mut calls = Calls::new();
+    // When the second timer runs out, the batch in which the first one did is over.
+    let second = |event_loop: &mut EventLoop<Calls>, _: &mut Calls, token| {
+        event_loop.run_after(Duration::ZERO, token, EventLoop::stop_callback).map(drop)
+    };
+    event_loop.run_after(Duration::ZERO, Token::default(), second).unwrap();
+    event_loop.event_process(&mut calls).unwrap();
+    calls
+}
+
+proptest! {
+    /// After any change, just those are called that are ready and watched, by their own tokens.
+    #[test]
+    fn the_loop_calls_who_is_ready_and_nobody_else(ops in loop_ops()) {
+        let mut event_loop = EventLoop::new().unwrap();
+        let mut live: Vec<Entry> = Vec::new();
+        let mut gone: Vec<Token> = Vec::new();
+        for op in ops {
+            let n = live.len().max(1);
+            match op {
+                LoopOp::Add(interest) => live.push(add(&mut event_loop, interest)),
+                LoopOp::Change(which, interest) => {
+                    if let Some(entry) = live.get_mut(which % n) {
+                        event_loop.set_interest(&entry.socket, entry.token, interest).unwrap();
+                        entry.interest = interest;
+                    }
+                }
+                LoopOp::Delete(which) => {
+                    if which % n < live.len() {
+                        let entry = live.swap_remove(which % n);
+                        event_loop.del_io_event(&entry.socket, entry.token).unwrap();
+                        gone.push(entry.token);
+                    }
+                }
+                LoopOp::PeerSends(which) => {
+                    if let Some(entry) = live.get_mut(which % n) {
+                        if let Some(peer) = &mut entry.peer {
+                            peer.write_all(b"x").unwrap();
+                            entry.readable = true;
+                        }
+                    }
+                }
+                LoopOp::PeerCloses(which) => {
+                    if let Some(entry) = live.get_mut(which % n) {
+                        entry.peer = None;
+                    }
+                }
+                LoopOp::Replace(which, interest) => {
+                    if which % n < live.len() {
+                        let entry = live.swap_remove(which % n);
+                        event_loop.del_io_event(&entry.socket, entry.token).unwrap();
+                        gone.push(entry.token);
+                        drop(entry);
+                        live.push(add(&mut event_loop, interest));
+                    }
+                }
+                LoopOp::Stale(which) => {
+                    if let (Some(entry), Some(token)) =
+                        (live.first(), gone.get(which % gone.len().max(1)))
+                    {
+                        let changed = event_loop.set_interest(&entry.socket, *token, Interest::NONE);
+                        prop_assert_eq!(changed.unwrap_err().kind(), io::ErrorKind::NotFound);
+                        let deleted = event_loop.del_io_event(&entry.socket, *token);
+                        prop_assert_eq!(deleted.unwrap_err().kind(), io::ErrorKind::NotFound);
+                    }
+                }
+            }
+            let calls = run(&mut event_loop);
+            for entry in &live {
+                let called = |write| calls.contains(&(entry.token, write));
+                prop_assert_eq!((called(false), called(true)), entry.due());
+            }
+            let known = |token: &Token| live.iter().any(|entry| entry.token == *token);
+            prop_assert!(calls.iter().all(|(token, _)| known(token)));
+        }
+    }
+}
