@@ -7,7 +7,9 @@ use std::io::Write;
 use std::net::{Shutdown, TcpStream};
 
 use harness::every_reactor::Chapter;
-use harness::{Server, assert_echo, exchange, pattern, read, read_to_end, wait_until, write};
+use harness::{
+    Server, assert_echo, exchange, frame, pattern, read, read_to_end, wait_until, write,
+};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04");
 const MAX_PAYLOAD: usize = 65_527;
@@ -23,11 +25,6 @@ const CHAPTER: Chapter = Chapter {
 
 harness::every_server!(EXE, assert_serves);
 harness::every_reactor!(CHAPTER);
-
-fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
-    let length = i32::try_from(payload.len()).unwrap();
-    [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
-}
 
 fn bad_frame(length: i32) -> Vec<u8> {
     [1_i32.to_le_bytes(), length.to_le_bytes()].concat()

@@ -9,15 +9,10 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::{Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 
-use harness::{Process, pattern, read, run_command, run_with_input, write};
+use harness::{Process, frame, pattern, read, run_command, run_with_input, write};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
 const MAX_PAYLOAD: usize = 65_527;
-
-fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
-    let length = i32::try_from(payload.len()).unwrap();
-    [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
-}
 
 /// A server for as many clients, one after the other, as there are turns.
 fn serve(turns: Vec<fn(TcpStream)>) -> (SocketAddr, JoinHandle<()>) {

@@ -236,13 +236,15 @@ fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
     [&header[..], payload].concat()
 }
 
+type Messages = Vec<(i32, Vec<u8>)>;
+
 /// What a connection does with bytes that come in pieces: the messages, why it stopped if it did,
 /// and the most memory that it had in use.
-fn receive(pieces: &[&[u8]]) -> (Vec<(i32, Vec<u8>)>, Option<BadLength>, usize) {
+fn receive(pieces: &[&[u8]]) -> (Messages, Option<BadLength>, usize) {
     let pool = BufPool::new(MIB);
     let (socket, mut peer) = pair();
     let mut input = InputBuf::new(&pool);
-    let mut messages = Vec::new();
+    let mut messages = Messages::new();
     for piece in pieces {
         peer.write_all(piece).unwrap();
         while let Some(1..) = input.read_from(&socket).unwrap() {
@@ -280,7 +282,7 @@ proptest! {
         at in vec(any::<prop::sample::Index>(), 0..20),
     ) {
         let mut seed = 0;
-        let messages: Vec<(i32, Vec<u8>)> =
+        let messages: Messages =
             messages.into_iter().map(|(id, n)| (id, bytes(n, &mut seed))).collect();
         let stream: Vec<u8> =
             messages.iter().flat_map(|(id, payload)| frame(*id, payload)).collect();

@@ -314,17 +314,47 @@ pub fn reset(stream: TcpStream) {
     setsockopt(&stream, Linger, &at_once).unwrap();
 }
 
+/// Numbers that look random and are the same for the same seed: Marsaglia, "Xorshift RNGs" (2003),
+/// the 64-bit generator with the shifts 13, 7 and 17.
+pub struct Random(u64);
+
+impl Random {
+    /// The sequence that belongs to `seed`.
+    pub fn new(seed: u64) -> Self {
+        // Neighbouring seeds must not give neighbouring sequences, and zero would stay zero.
+        let mut random = Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+        random.number();
+        random
+    }
+
+    /// The next number.
+    pub fn number(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// A number below `end`, which is not 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        (self.number() >> 32) as usize % end
+    }
+
+    /// So many bytes.
+    pub fn bytes(&mut self, n: usize) -> Vec<u8> {
+        (0..n).map(|_| (self.number() >> 32) as u8).collect()
+    }
+}
+
 /// `n` bytes in which every stretch differs from the others, so that a mix-up shows.
 pub fn pattern(n: usize, seed: u64) -> Vec<u8> {
-    // Marsaglia, "Xorshift RNGs" (2003), the 64-bit generator with the shifts 13, 7, 17.
-    let mut x = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        x.to_le_bytes()[3]
-    };
-    (0..n).map(|_| next()).collect()
+    Random::new(seed).bytes(n)
+}
+
+/// A message of chapter 4 as it goes over the wire.
+pub fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
+    let length = i32::try_from(payload.len()).unwrap();
+    [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
 }
 
 /// Lets this process open as many fds as it may.

@@ -1,0 +1,254 @@
+//! Keeps two servers under churn for a while and verifies every byte that comes back. Usually run by
+//! scripts/soak.sh.
+
+// Whatever goes wrong here is a finding, and a panic says where.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::io::Write;
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::Parser;
+use harness::{
+    Random, Server, connect, frame, raise_fd_limit, read, read_to_end, reset, wait_until, write,
+};
+use nix::sys::signal::Signal;
+
+/// Keeps chapters 3 and 4 under churn: clients that talk, half-close, stall, reset and send garbage.
+#[derive(Parser)]
+struct Args {
+    /// The binary of chapter 3
+    v03: String,
+    /// The binary of chapter 4
+    v04: String,
+    /// For how long
+    #[arg(long, default_value_t = 120)]
+    seconds: u64,
+    /// How many clients at a time each of them has
+    #[arg(long, default_value_t = 150)]
+    clients: u64,
+    /// Makes the clients do the same again [default: the time]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+/// What the server understands, and how it answers.
+#[derive(Clone, Copy)]
+enum Protocol {
+    /// Chapter 3: everything comes back.
+    Bytes,
+    /// Chapter 4: whole messages come back, a bad one ends the connection.
+    Messages,
+}
+
+/// What all clients have done together.
+#[derive(Default)]
+struct Totals {
+    connections: AtomicU64,
+    bytes: AtomicU64,
+    stop: AtomicBool,
+}
+
+impl std::fmt::Display for Totals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let connections = self.connections.load(Ordering::Relaxed);
+        let megabytes = self.bytes.load(Ordering::Relaxed) / 1_000_000;
+        write!(f, "{connections} connections, {megabytes} MB echoed")
+    }
+}
+
+/// A server, looked at from outside.
+struct Target {
+    server: Server,
+    protocol: Protocol,
+    idle_fds: usize,
+    most_fds: usize,
+    /// Resident memory, in KiB, once a second.
+    memory: Vec<u64>,
+}
+
+impl Target {
+    fn start(exe: &str, protocol: Protocol) -> Self {
+        let server = Server::start(exe);
+        let idle_fds = server.fds();
+        Self { server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
+    }
+
+    fn sample(&mut self) {
+        self.most_fds = self.most_fds.max(self.server.fds());
+        self.memory.push(self.server.status("VmRSS"));
+    }
+
+    /// Nothing may have stayed behind, and memory must not rise for ever.
+    fn finish(&mut self) -> String {
+        let Self { server, idle_fds, most_fds, memory, .. } = self;
+        wait_until("no fd of a client is left", || server.fds() == *idle_fds);
+        let (early, late) = memory.split_at(memory.len().div_ceil(2));
+        let early = early.iter().max().copied().unwrap_or(0);
+        let late = late.iter().max().copied().unwrap_or(early);
+        assert!(late <= early + early / 2 + 4096, "memory grows: {early} KiB, then {late} KiB");
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.wait().code(), Some(0));
+        server.wait_for_log("stopped; connections cut off: 0; buffers: 0 B in use");
+        format!("{most_fds} fds and {} KiB at the most, {idle_fds} fds at the end", early.max(late))
+    }
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let seed = args.seed.unwrap_or_else(|| {
+        SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+    });
+    eprintln!("seed {seed}, {} clients each, {} s", args.clients, args.seconds);
+    raise_fd_limit();
+    let mut v03 = Target::start(&args.v03, Protocol::Bytes);
+    let mut v04 = Target::start(&args.v04, Protocol::Messages);
+    let totals = Totals::default();
+    if !churn(&args, seed, &mut [&mut v03, &mut v04], &totals) {
+        eprintln!("v03's log:\n{}v04's log:\n{}", v03.server.log(), v04.server.log());
+        eprintln!("failed with seed {seed}");
+        return ExitCode::FAILURE;
+    }
+    let (v03, v04) = (v03.finish(), v04.finish());
+    println!("{} s, {totals} without a difference; v03: {v03}; v04: {v04}", args.seconds);
+    ExitCode::SUCCESS
+}
+
+/// Whether all clients got what they should.
+fn churn(args: &Args, seed: u64, targets: &mut [&mut Target], totals: &Totals) -> bool {
+    let start = Instant::now();
+    let end = Duration::from_secs(args.seconds);
+    let addrs: Vec<_> =
+        targets.iter().map(|target| (target.server.addr(), target.protocol)).collect();
+    thread::scope(|scope| {
+        let mut clients = Vec::new();
+        for n in 0..args.clients {
+            for &(addr, protocol) in &addrs {
+                let random = Random::new(seed.wrapping_mul(1_000_003).wrapping_add(n));
+                let client = Client { addr, protocol, totals };
+                clients.push(scope.spawn(move || client.run(random)));
+            }
+        }
+        // A client ends early only by a panic, which has said what it found.
+        while start.elapsed() < end && clients.iter().all(|client| !client.is_finished()) {
+            thread::sleep(Duration::from_secs(1).min(end.saturating_sub(start.elapsed())));
+            targets.iter_mut().for_each(|target| target.sample());
+            eprint!("\r{:5} s, {totals} ", start.elapsed().as_secs());
+        }
+        eprintln!();
+        totals.stop.store(true, Ordering::Relaxed);
+        clients.into_iter().map(|client| client.join()).filter(Result::is_err).count() == 0
+    })
+}
+
+/// One of many that come and go.
+#[derive(Clone, Copy)]
+struct Client<'a> {
+    addr: SocketAddr,
+    protocol: Protocol,
+    totals: &'a Totals,
+}
+
+impl Client<'_> {
+    fn run(self, mut random: Random) {
+        while !self.totals.stop.load(Ordering::Relaxed) {
+            let stream = connect(self.addr);
+            self.totals.connections.fetch_add(1, Ordering::Relaxed);
+            match random.below(9) {
+                0 => drop(stream),
+                1 => reset(stream),
+                2 => self.talk(&stream, &mut random),
+                3 => self.pipeline(&stream, &mut random),
+                4 => self.half_close(&stream, &mut random),
+                5 => self.stall(&stream, &mut random),
+                6 => self.reset_midway(stream, &mut random),
+                7 => self.go_without_reading(stream, &mut random),
+                _ => self.send_garbage(&stream, &mut random),
+            }
+        }
+    }
+
+    fn message(self, random: &mut Random) -> Vec<u8> {
+        let n = match random.below(10) {
+            0 => random.below(60_000),
+            1 => 0,
+            _ => random.below(2_000),
+        };
+        match self.protocol {
+            Protocol::Bytes => random.bytes(n),
+            Protocol::Messages => frame(random.number() as i32, &random.bytes(n)),
+        }
+    }
+
+    fn messages(self, random: &mut Random) -> Vec<u8> {
+        (0..random.below(20)).flat_map(|_| self.message(random)).collect()
+    }
+
+    fn expect(self, received: &[u8], sent: &[u8]) {
+        assert!(received == sent, "of {} bytes {} came back", sent.len(), received.len());
+        self.totals.bytes.fetch_add(sent.len() as u64, Ordering::Relaxed);
+    }
+
+    fn talk(self, stream: &TcpStream, random: &mut Random) {
+        for _ in 0..random.below(50) {
+            let message = self.message(random);
+            write(stream, &message);
+            self.expect(&read(stream, message.len()), &message);
+        }
+    }
+
+    fn pipeline(self, stream: &TcpStream, random: &mut Random) {
+        let messages = self.messages(random);
+        write(stream, &messages);
+        self.expect(&read(stream, messages.len()), &messages);
+    }
+
+    fn half_close(self, stream: &TcpStream, random: &mut Random) {
+        let messages = self.messages(random);
+        write(stream, &messages);
+        stream.shutdown(Shutdown::Write).unwrap();
+        self.expect(&read_to_end(stream), &messages);
+    }
+
+    fn stall(self, stream: &TcpStream, random: &mut Random) {
+        let messages = self.messages(random);
+        let (first, second) = messages.split_at(random.below(messages.len() + 1));
+        write(stream, first);
+        thread::sleep(Duration::from_millis(random.below(200) as u64));
+        write(stream, second);
+        thread::sleep(Duration::from_millis(random.below(200) as u64));
+        self.expect(&read(stream, messages.len()), &messages);
+    }
+
+    fn reset_midway(self, stream: TcpStream, random: &mut Random) {
+        let messages = self.messages(random);
+        write(&stream, &messages[..random.below(messages.len() + 1)]);
+        reset(stream);
+    }
+
+    /// More than the server takes in before its replies are read, as far as it goes.
+    fn go_without_reading(self, mut stream: TcpStream, random: &mut Random) {
+        let messages = self.messages(random).repeat(20);
+        stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
+        let _ = stream.write_all(&messages);
+    }
+
+    fn send_garbage(self, stream: &TcpStream, random: &mut Random) {
+        let messages = self.messages(random);
+        let n = 100 + random.below(10_000);
+        let mut garbage = random.bytes(n);
+        // A length that no message has: negative.
+        garbage[7] |= 0x80;
+        write(stream, &[&messages[..], &garbage].concat());
+        match self.protocol {
+            Protocol::Messages => self.expect(&read_to_end(stream), &messages),
+            Protocol::Bytes => {
+                let sent = [messages, garbage].concat();
+                self.expect(&read(stream, sent.len()), &sent);
+            }
+        }
+    }
+}
