@@ -62,6 +62,18 @@ fn the_second_client_waits_for_the_first_to_close() {
     assert_eq!(harness::read(&second, 6), b"second");
 }
 
+/// It is blocked in a write at that time, and must not stay there.
+#[test]
+fn a_reset_while_it_cannot_write_ends_that_connection_only() {
+    let server = Server::start(EXE);
+    let fds = server.fds();
+    let client = server.connect();
+    harness::send_until_stuck(&client, &pattern(64 << 20, 1));
+    harness::reset(client);
+    assert_serves(&server.connect());
+    harness::wait_until("both are closed", || server.fds() == fds);
+}
+
 /// The C++ v0.2 exits.
 #[test]
 fn a_reset_ends_one_connection_and_is_logged() {

@@ -10,11 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt::RcvBuf};
+use nix::sys::socket::{MsgFlags, send};
 
 use crate::{
-    QUIET, Server, assert_echo, pattern, raise_fd_limit, read, read_to_end, reset, wait_until,
-    write,
+    QUIET, Server, assert_echo, narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end,
+    reset, wait_until, write,
 };
 
 /// A chapter, as these tests see it.
@@ -273,7 +273,7 @@ pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) 
 pub fn a_slow_reader_gets_everything(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
-    setsockopt(&client, RcvBuf, &32_768).unwrap();
+    narrow(&client);
     let bytes = chapter.messages(4 << 20, 5);
     let mut writer = client.try_clone().unwrap();
     let sent = bytes.clone();
@@ -281,18 +281,7 @@ pub fn a_slow_reader_gets_everything(chapter: Chapter) {
         writer.write_all(&sent).unwrap();
         writer.shutdown(Shutdown::Write).unwrap();
     });
-    let mut received = Vec::new();
-    let mut block = vec![0; 10_000];
-    for n in 0.. {
-        let len = (&client).read(&mut block).unwrap();
-        if len == 0 {
-            break;
-        }
-        received.extend_from_slice(&block[..len]);
-        if n % 16 == 0 {
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
+    let received = read_slowly(&client);
     sender.join().unwrap();
     assert!(received == bytes);
 }

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{self, Signal};
+use nix::sys::socket::{setsockopt, sockopt::Linger, sockopt::RcvBuf};
 use nix::unistd::Pid;
 
 /// The longest that anything may take: far more than it does, so that only what hangs gets there.
@@ -247,6 +248,29 @@ pub fn read_to_end(mut stream: &TcpStream) -> Vec<u8> {
     }
 }
 
+/// Makes the receive buffer small, so that the peer's writes are partial ones.
+pub fn narrow(stream: &TcpStream) {
+    setsockopt(stream, RcvBuf, &32_768).unwrap();
+}
+
+/// [`read_to_end`] in small pieces, with pauses in between.
+#[track_caller]
+pub fn read_slowly(mut stream: &TcpStream) -> Vec<u8> {
+    let mut received = Vec::new();
+    let mut block = vec![0; 10_000];
+    for n in 0.. {
+        match stream.read(&mut block) {
+            Ok(0) => break,
+            Ok(len) => received.extend_from_slice(&block[..len]),
+            Err(err) => panic!("after {} bytes: {err}", received.len()),
+        }
+        if n % 16 == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    received
+}
+
 /// Writes all of `bytes`.
 #[track_caller]
 pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
@@ -309,7 +333,6 @@ pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
 /// Closes with a reset instead of a FIN: what happens when there is unread input.
 #[track_caller]
 pub fn reset(stream: TcpStream) {
-    use nix::sys::socket::{setsockopt, sockopt::Linger};
     let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     setsockopt(&stream, Linger, &at_once).unwrap();
 }

@@ -1,0 +1,521 @@
+//! What `EventLoop` promises, over real sockets and timers.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use common::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
+
+/// When a test that waits for a callback in vain is given up.
+const LIMIT: Duration = Duration::from_secs(20);
+
+const HOUR: Duration = Duration::from_secs(3600);
+
+const BOTH: Interest = Interest { read: true, write: true };
+
+type Loop = EventLoop<World>;
+
+/// What the callbacks work on, and where they leave their marks.
+#[derive(Default)]
+struct World {
+    calls: Vec<(&'static str, Token)>,
+    conns: HashMap<Token, Conn>,
+    timer: Option<TimerId>,
+}
+
+struct Conn {
+    ours: UnixStream,
+    peer: UnixStream,
+}
+
+impl World {
+    /// Registers one end of a new pair of sockets.
+    #[track_caller]
+    fn open(
+        &mut self,
+        event_loop: &mut Loop,
+        interest: Interest,
+        callbacks: Callbacks<Self>,
+    ) -> Token {
+        let (ours, peer) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let token = event_loop.add_io_event(&ours, interest, callbacks).unwrap();
+        self.conns.insert(token, Conn { ours, peer });
+        token
+    }
+
+    #[track_caller]
+    fn close(&mut self, event_loop: &mut Loop, token: Token) {
+        let conn = self.conns.remove(&token).unwrap();
+        event_loop.del_io_event(&conn.ours, token).unwrap();
+    }
+
+    #[track_caller]
+    fn set_interest(&self, event_loop: &mut Loop, token: Token, interest: Interest) {
+        let ours = &self.conns[&token].ours;
+        event_loop.set_interest(ours, token, interest).unwrap();
+    }
+
+    #[track_caller]
+    fn peer_writes(&self, token: Token, data: &[u8]) {
+        (&self.conns[&token].peer).write_all(data).unwrap();
+    }
+
+    #[track_caller]
+    fn assert_calls(&mut self, expected: &[(&str, Token)]) {
+        assert_eq!(self.calls, expected);
+        self.calls.clear();
+    }
+}
+
+/// Reads one byte.
+fn read(_: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+    world.calls.push(("read", token));
+    (&world.conns[&token].ours).read_exact(&mut [0])
+}
+
+/// Has had enough after one call.
+fn write(event_loop: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+    world.calls.push(("write", token));
+    world.set_interest(event_loop, token, Interest::NONE);
+    Ok(())
+}
+
+fn timer(_: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+    world.calls.push(("timer", token));
+    Ok(())
+}
+
+fn callbacks(read: IoCallback<World>, write: IoCallback<World>) -> Callbacks<World> {
+    Callbacks { read: Some(read), write: Some(write) }
+}
+
+/// Runs until a callback stops the loop or fails.
+fn try_run<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> io::Result<()> {
+    let in_vain: IoCallback<S> = |_, _, _| Err(ErrorKind::TimedOut.into());
+    let limit = event_loop.run_after(LIMIT, Token::default(), in_vain)?;
+    let result = event_loop.event_process(state);
+    event_loop.cancel_timer(limit);
+    result
+}
+
+#[track_caller]
+fn run<S>(event_loop: &mut EventLoop<S>, state: &mut S) {
+    try_run(event_loop, state).unwrap();
+}
+
+/// Runs until all that was ready has had its turn.
+#[track_caller]
+fn run_a_turn<S>(event_loop: &mut EventLoop<S>, state: &mut S) {
+    // The batch that brings the first timer is done with before the second one stops the loop.
+    let first: IoCallback<S> = |event_loop, _, token| {
+        let stop = EventLoop::stop_callback;
+        event_loop.run_after(Duration::ZERO, token, stop).map(drop)
+    };
+    let zero = Duration::ZERO;
+    event_loop.run_after(zero, Token::default(), first).unwrap();
+    run(event_loop, state);
+}
+
+#[test]
+fn each_event_calls_its_callback_with_its_token() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let a = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    let b = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+    world.peer_writes(b, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", b)]);
+    world.set_interest(&mut event_loop, a, Interest::WRITE);
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("write", a)]);
+}
+
+#[test]
+fn one_event_for_both_calls_read_before_write() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, BOTH, callbacks(read, write));
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token), ("write", token)]);
+}
+
+#[test]
+fn what_a_callback_leaves_undone_is_reported_again() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let read_and_stop: IoCallback<World> = |event_loop, world, token| {
+        event_loop.stop();
+        read(event_loop, world, token)
+    };
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(read_and_stop, write));
+    world.peer_writes(token, b"abc");
+    for _ in 0..3 {
+        run(&mut event_loop, &mut world);
+        world.assert_calls(&[("read", token)]);
+    }
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+}
+
+#[test]
+fn without_interest_nothing_is_reported_and_nothing_lost() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, Interest::NONE, callbacks(read, write));
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+    world.set_interest(&mut event_loop, token, Interest::READ);
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+}
+
+#[test]
+fn the_same_interest_again_costs_no_system_call() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    // For an fd that is not registered a system call would fail (ENOENT).
+    let (stranger, _) = UnixStream::pair().unwrap();
+    let mut set = |interest| event_loop.set_interest(&stranger, token, interest);
+    set(Interest::READ).unwrap();
+    assert!(set(Interest::WRITE).is_err());
+    set(Interest::READ).expect("a change that failed has changed nothing");
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+}
+
+#[test]
+fn a_hang_up_is_reported_even_without_interest() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let close: IoCallback<World> = |event_loop, world, token| {
+        world.calls.push(("close", token));
+        world.close(event_loop, token);
+        Ok(())
+    };
+    let never: IoCallback<World> = |_, _, _| Err(ErrorKind::Other.into());
+    let only_write = Callbacks { read: None, write: Some(close) };
+    for callbacks in [callbacks(close, never), only_write] {
+        let token = world.open(&mut event_loop, Interest::NONE, callbacks);
+        let (_, elsewhere) = UnixStream::pair().unwrap();
+        world.conns.get_mut(&token).unwrap().peer = elsewhere;
+        run_a_turn(&mut event_loop, &mut world);
+        world.assert_calls(&[("close", token)]);
+    }
+}
+
+#[test]
+fn an_error_is_reported_even_without_interest() {
+    // The end for writing of a pipe that nobody reads has EPOLLERR, and no EPOLLHUP.
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    let mut event_loop = EventLoop::<Vec<Token>>::new().unwrap();
+    let called: IoCallback<Vec<Token>> = |event_loop, calls, token| {
+        calls.push(token);
+        event_loop.stop();
+        Ok(())
+    };
+    let callbacks = Callbacks { read: Some(called), write: None };
+    let token = event_loop.add_io_event(&writer, Interest::NONE, callbacks).unwrap();
+    drop(reader);
+    let mut calls = Vec::new();
+    run(&mut event_loop, &mut calls);
+    assert_eq!(calls, [token]);
+}
+
+#[test]
+fn a_deregistered_fd_is_silent_until_it_is_registered_again() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, BOTH, callbacks(read, write));
+    world.peer_writes(token, b"x");
+    let conn = world.conns.remove(&token).unwrap();
+    event_loop.del_io_event(&conn.ours, token).unwrap();
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+    let again = event_loop.add_io_event(&conn.ours, Interest::READ, callbacks(read, write));
+    let token = again.unwrap();
+    world.conns.insert(token, conn);
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+}
+
+#[test]
+fn an_event_of_a_closed_fd_is_not_taken_for_one_of_its_successor() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    // Whichever of two ready sockets comes first puts a new one, as a rule with the same fd, into
+    // the place of the other.
+    let replace_the_other: IoCallback<World> = |event_loop, world, token| {
+        read(event_loop, world, token)?;
+        let other = *world.conns.keys().find(|other| **other != token).unwrap();
+        world.close(event_loop, other);
+        let successor: IoCallback<World> = |_, world, token| {
+            world.calls.push(("successor", token));
+            Ok(())
+        };
+        let callbacks = callbacks(successor, successor);
+        world.open(event_loop, Interest::READ, callbacks);
+        Ok(())
+    };
+    for _ in 0..2 {
+        let callbacks = callbacks(replace_the_other, write);
+        let token = world.open(&mut event_loop, Interest::READ, callbacks);
+        world.peer_writes(token, b"x");
+    }
+    run_a_turn(&mut event_loop, &mut world);
+    let first = world.calls[0].1;
+    world.assert_calls(&[("read", first)]);
+}
+
+#[test]
+fn a_read_callback_that_closes_its_fd_is_the_last_one_called_for_it() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let replace_itself: IoCallback<World> = |event_loop, world, token| {
+        read(event_loop, world, token)?;
+        world.close(event_loop, token);
+        world.open(event_loop, Interest::WRITE, callbacks(read, write));
+        Ok(())
+    };
+    let token = world.open(&mut event_loop, BOTH, callbacks(replace_itself, write));
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    run_a_turn(&mut event_loop, &mut world);
+    let successor = *world.conns.keys().next().unwrap();
+    world.assert_calls(&[("read", token), ("write", successor)]);
+}
+
+#[test]
+fn a_read_callback_that_drops_the_interest_in_writing_is_not_followed_by_write() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let read_only: IoCallback<World> = |event_loop, world, token| {
+        world.set_interest(event_loop, token, Interest::READ);
+        read(event_loop, world, token)
+    };
+    let token = world.open(&mut event_loop, BOTH, callbacks(read_only, write));
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+}
+
+#[test]
+fn an_error_of_any_callback_ends_the_loop_at_once() {
+    let fail: IoCallback<World> = |_, world, token| {
+        world.calls.push(("fail", token));
+        Err(io::Error::other("out of luck"))
+    };
+    for interest in [Interest::READ, Interest::WRITE, BOTH] {
+        let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+        for _ in 0..2 {
+            let token = world.open(&mut event_loop, interest, callbacks(fail, fail));
+            world.peer_writes(token, b"x");
+        }
+        let err = try_run(&mut event_loop, &mut world).unwrap_err();
+        assert_eq!(err.to_string(), "out of luck");
+        assert_eq!(world.calls.len(), 1);
+    }
+
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    for _ in 0..2 {
+        let zero = Duration::ZERO;
+        event_loop.run_after(zero, Token::default(), fail).unwrap();
+    }
+    let err = try_run(&mut event_loop, &mut world).unwrap_err();
+    assert_eq!(err.to_string(), "out of luck");
+    assert_eq!(world.calls.len(), 1);
+}
+
+#[test]
+fn after_a_stop_the_rest_of_the_batch_is_reported_by_the_next_run() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let write_and_stop: IoCallback<World> = |event_loop, world, token| {
+        event_loop.stop();
+        write(event_loop, world, token)
+    };
+    let opened = HashSet::from([(); 3].map(|()| {
+        let callbacks = callbacks(read, write_and_stop);
+        world.open(&mut event_loop, BOTH, callbacks)
+    }));
+    for calls in 1..=3 {
+        run(&mut event_loop, &mut world);
+        assert_eq!(world.calls.len(), calls);
+    }
+    let called: HashSet<_> = world.calls.into_iter().map(|(_, token)| token).collect();
+    assert_eq!(called, opened);
+}
+
+#[test]
+fn a_regular_file_is_refused_and_leaves_nothing_behind() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let file = File::open(std::env::current_exe().unwrap()).unwrap();
+    for _ in 0..2 {
+        let result = event_loop.add_io_event(&file, BOTH, callbacks(read, write));
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    }
+    let token = world.open(&mut event_loop, Interest::WRITE, callbacks(read, write));
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("write", token)]);
+}
+
+#[test]
+fn an_fd_is_registered_once_and_the_first_time_counts() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    let ours = &world.conns[&token].ours;
+    let again = event_loop.add_io_event(ours, Interest::WRITE, callbacks(write, write));
+    assert_eq!(again.unwrap_err().kind(), ErrorKind::AlreadyExists);
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+    world.close(&mut event_loop, token);
+}
+
+#[test]
+fn an_old_token_finds_nothing_and_harms_no_later_registration() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let old = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    world.close(&mut event_loop, old);
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    let ours = &world.conns[&token].ours;
+    for gone in [old, Token::default()] {
+        let result = event_loop.set_interest(ours, gone, Interest::WRITE);
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::NotFound);
+        let result = event_loop.del_io_event(ours, gone);
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    world.peer_writes(token, b"x");
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
+}
+
+#[test]
+fn no_token_is_ever_given_out_twice() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let mut tokens = HashSet::from([Token::default()]);
+    for _ in 0..100 {
+        let opened = [(); 3].map(|()| {
+            let callbacks = callbacks(read, write);
+            world.open(&mut event_loop, Interest::READ, callbacks)
+        });
+        for token in opened {
+            assert!(tokens.insert(token), "{token:?} is an old one");
+            world.close(&mut event_loop, token);
+        }
+    }
+}
+
+#[test]
+fn an_interest_reads_as_epoll_names_it() {
+    let named = [Interest::READ, Interest::WRITE, BOTH, Interest::NONE].map(|i| i.to_string());
+    assert_eq!(named, ["IN", "OUT", "IN|OUT", "nothing"]);
+}
+
+#[test]
+fn timers_run_when_they_are_due_and_at_the_same_time_as_they_were_set() {
+    type State = Vec<(Token, Instant)>;
+    const DELAYS: [u64; 6] = [20, 0, 10, 20, 0, 0];
+    let mut event_loop = EventLoop::<State>::new().unwrap();
+    let callback: IoCallback<State> = |event_loop, calls, token| {
+        calls.push((token, Instant::now()));
+        if calls.len() == DELAYS.len() {
+            event_loop.stop();
+        }
+        Ok(())
+    };
+    let pairs = DELAYS.map(|_| UnixStream::pair().unwrap());
+    let mut expected = Vec::new();
+    for (delay, (ours, _)) in DELAYS.map(Duration::from_millis).into_iter().zip(&pairs) {
+        // Registered only for the sake of the tokens, which tell the timers apart.
+        let none = Callbacks { read: None, write: None };
+        let token = event_loop.add_io_event(ours, Interest::NONE, none).unwrap();
+        expected.push((Instant::now() + delay, token));
+        event_loop.run_after(delay, token, callback).unwrap();
+    }
+    expected.sort_by_key(|(due, _)| *due);
+    let mut calls = Vec::new();
+    run(&mut event_loop, &mut calls);
+    for ((due, token), (called, at)) in expected.iter().zip(&calls) {
+        assert_eq!(called, token, "{expected:?} and not {calls:?}");
+        assert!(at >= due);
+    }
+    assert_eq!(calls.len(), DELAYS.len(), "each of them once");
+}
+
+#[test]
+fn a_timer_does_not_wait_for_a_later_one_that_was_set_before() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let late = event_loop.run_after(HOUR, Token::default(), timer).unwrap();
+    let stop = EventLoop::stop_callback;
+    let soon = event_loop.run_after(Duration::ZERO, Token::default(), stop);
+    assert!(soon.unwrap() < late);
+    run(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+}
+
+#[test]
+fn a_cancelled_timer_does_not_run() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let (zero, token) = (Duration::ZERO, Token::default());
+    let before = event_loop.run_after(zero, token, timer).unwrap();
+    let cancel_the_next: IoCallback<World> = |event_loop, world, token| {
+        world.calls.push(("cancel", token));
+        event_loop.cancel_timer(world.timer.take().unwrap());
+        Ok(())
+    };
+    event_loop.run_after(zero, token, cancel_the_next).unwrap();
+    world.timer = Some(event_loop.run_after(zero, token, timer).unwrap());
+    let ran = event_loop.run_after(zero, token, timer).unwrap();
+    event_loop.cancel_timer(before);
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("cancel", token), ("timer", token)]);
+    event_loop.cancel_timer(ran);
+}
+
+#[test]
+fn a_timer_brings_its_token_whatever_became_of_that() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    event_loop.run_after(Duration::ZERO, token, timer).unwrap();
+    world.close(&mut event_loop, token);
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[("timer", token)]);
+}
+
+#[test]
+fn timers_that_set_timers_leave_the_fds_their_turn() {
+    fn again(event_loop: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+        if world.calls.len() == 100 {
+            return Err(io::Error::other("the fd was never looked at"));
+        }
+        world.peer_writes(token, b"x");
+        event_loop.run_after(Duration::ZERO, token, again)?;
+        timer(event_loop, world, token)
+    }
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let stop = EventLoop::stop_callback;
+    let token = world.open(&mut event_loop, Interest::READ, callbacks(stop, write));
+    event_loop.run_after(Duration::ZERO, token, again).unwrap();
+    run(&mut event_loop, &mut world);
+    assert!(!world.calls.is_empty());
+}
+
+#[test]
+fn a_stop_leaves_the_timers_that_are_due_for_the_next_run() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let timer_and_stop: IoCallback<World> = |event_loop, world, token| {
+        event_loop.stop();
+        timer(event_loop, world, token)
+    };
+    let token = Token::default();
+    for _ in 0..3 {
+        let zero = Duration::ZERO;
+        event_loop.run_after(zero, token, timer_and_stop).unwrap();
+    }
+    for _ in 0..3 {
+        run(&mut event_loop, &mut world);
+        world.assert_calls(&[("timer", token)]);
+    }
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+}

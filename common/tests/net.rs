@@ -1,0 +1,187 @@
+//! What the sockets of `net` promise.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use common::event_loop::{Callbacks, EventLoop, Interest};
+use common::net::{Accepted, Listener, close_gracefully, connect, raise_fd_limit};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
+
+/// When a test is given up that waits in vain.
+const LIMIT: Duration = Duration::from_secs(20);
+
+const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+
+fn listener() -> (Listener, SocketAddr) {
+    let listener = Listener::bind(&[ANY_PORT]).unwrap();
+    let addr = local_addr(&listener);
+    (listener, addr)
+}
+
+fn local_addr(listener: &Listener) -> SocketAddr {
+    let fd = listener.as_fd().try_clone_to_owned().unwrap();
+    TcpListener::from(fd).local_addr().unwrap()
+}
+
+/// Both ends of a connection, blocking.
+fn tcp_pair() -> (TcpStream, TcpStream) {
+    let (mut listener, addr) = listener();
+    let client = TcpStream::connect(addr).unwrap();
+    client.set_read_timeout(Some(LIMIT)).unwrap();
+    (listener.accept_blocking().0, client)
+}
+
+/// What `f` returns, if it ever does.
+#[track_caller]
+fn within_limit<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(f()));
+    receiver.recv_timeout(LIMIT).unwrap()
+}
+
+#[test]
+fn the_first_address_that_can_be_had_is_taken() {
+    let (taken, addr) = listener();
+    let second = Listener::bind(&[addr, ANY_PORT]).unwrap();
+    assert_ne!(local_addr(&second).port(), addr.port());
+    drop(taken);
+    let first = Listener::bind(&[addr, ANY_PORT]).unwrap();
+    assert_eq!(local_addr(&first), addr);
+}
+
+#[test]
+fn without_an_address_to_be_had_the_last_error_says_why() {
+    let (_taken, addr) = listener();
+    // TEST-NET-1, which no machine has.
+    let elsewhere = SocketAddr::from(([192, 0, 2, 1], 0));
+    let kind = |addrs: &[SocketAddr]| Listener::bind(addrs).err().map(|err| err.kind());
+    assert_eq!(kind(&[elsewhere, addr]), Some(ErrorKind::AddrInUse));
+    let last = kind(&[addr, elsewhere]);
+    assert_eq!(last, Some(ErrorKind::AddrNotAvailable));
+    assert_eq!(kind(&[]), Some(ErrorKind::InvalidInput));
+}
+
+#[test]
+fn a_port_can_be_bound_again_while_its_old_connections_fade() {
+    let (mut listener, addr) = listener();
+    let mut client = TcpStream::connect(addr).unwrap();
+    let (server, _) = listener.accept_blocking();
+    // The end that closes first is the one in TIME_WAIT.
+    drop((server, listener));
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    drop(client);
+    Listener::bind(&[addr]).unwrap();
+}
+
+#[test]
+fn accept_takes_who_waits_and_then_says_nobody() {
+    let (mut listener, addr) = listener();
+    listener.set_nonblocking().unwrap();
+    assert!(matches!(listener.accept(), Accepted::Nobody));
+    let clients = [(); 2].map(|()| TcpStream::connect(addr).unwrap());
+    for client in clients {
+        let Accepted::Client(_, peer) = listener.accept() else {
+            panic!("nobody, though connect has returned");
+        };
+        assert_eq!(peer, client.local_addr().unwrap());
+    }
+    assert!(matches!(listener.accept(), Accepted::Nobody));
+}
+
+#[test]
+fn the_queue_takes_a_thousand_clients_in_one_burst() {
+    let (_listener, addr) = listener();
+    raise_fd_limit();
+    // Nobody accepts them. Once the queue is full, connecting takes for ever.
+    let clients: Vec<_> = (0..1000)
+        .map_while(|_| TcpStream::connect_timeout(&addr, Duration::from_secs(5)).ok())
+        .collect();
+    assert_eq!(clients.len(), 1000);
+}
+
+#[test]
+fn a_stopped_listener_refuses_clients_and_frees_its_port() {
+    let (any, addr) = listener();
+    drop(any);
+    // A port that was asked for is not given back by shutdown(2) as one that was not.
+    let listener = Listener::bind(&[addr]).unwrap();
+    let mut in_queue = TcpStream::connect(addr).unwrap();
+    in_queue.set_read_timeout(Some(LIMIT)).unwrap();
+    listener.stop().unwrap();
+    let err = in_queue.read(&mut [0]).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::ConnectionReset);
+    let err = TcpStream::connect(addr).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
+    Listener::bind(&[addr]).expect("the port is free although the old listener is still there");
+}
+
+/// How connecting to `addr` ended, once the loop has said that it has.
+#[track_caller]
+fn connect_in_loop(addr: SocketAddr) -> (TcpStream, Option<io::Error>) {
+    let stream = connect(addr).unwrap();
+    let mut event_loop = EventLoop::<()>::new().unwrap();
+    let callbacks = Callbacks { read: None, write: Some(EventLoop::stop_callback) };
+    let registered = event_loop.add_io_event(&stream, Interest::WRITE, callbacks);
+    let token = registered.unwrap();
+    let in_vain = |_: &mut _, _: &mut _, _| Err(ErrorKind::TimedOut.into());
+    event_loop.run_after(LIMIT, token, in_vain).unwrap();
+    event_loop.event_process(&mut ()).unwrap();
+    let outcome = stream.take_error().unwrap();
+    (stream, outcome)
+}
+
+#[test]
+fn a_connection_is_there_when_its_socket_becomes_writable() {
+    let (mut listener, addr) = listener();
+    let (mut stream, outcome) = connect_in_loop(addr);
+    assert!(outcome.is_none(), "{outcome:?}");
+    let (_server, peer) = listener.accept_blocking();
+    assert_eq!(stream.local_addr().unwrap(), peer);
+    let err = within_limit(move || stream.read(&mut [0])).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::WouldBlock);
+}
+
+#[test]
+fn a_refused_connection_becomes_writable_and_says_why() {
+    // Bound but not listening, so that nobody else is given the port.
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+    let bound = TcpListener::from(socket);
+    let addr = bound.local_addr().unwrap();
+    let outcome = connect_in_loop(addr).1.map(|err| err.kind());
+    assert_eq!(outcome, Some(ErrorKind::ConnectionRefused));
+}
+
+#[test]
+fn a_graceful_close_delivers_the_reply_in_spite_of_unread_input() {
+    let (mut server, mut client) = tcp_pair();
+    client.write_all(&[b'?'; 100_000]).unwrap();
+    server.write_all(b"hello Lars\n").unwrap();
+    thread::scope(|scope| {
+        let closing = scope.spawn(|| close_gracefully(server, LIMIT));
+        // A reset would now make it fail, and the reply be lost.
+        client.write_all(&[b'?'; 100_000]).unwrap();
+        let mut reply = String::new();
+        client.read_to_string(&mut reply).unwrap();
+        assert_eq!(reply, "hello Lars\n");
+        client.shutdown(Shutdown::Write).unwrap();
+        closing.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_graceful_close_has_an_end_though_the_peer_has_none() {
+    let limit = Duration::from_millis(20);
+    let (server, _silent) = tcp_pair();
+    within_limit(move || close_gracefully(server, limit)).unwrap();
+
+    let (server, mut talkative) = tcp_pair();
+    thread::spawn(move || while talkative.write_all(&[b'!'; 4096]).is_ok() {});
+    within_limit(move || close_gracefully(server, limit)).unwrap();
+}
