@@ -109,6 +109,23 @@ struct Registration<S> {
     callbacks: Callbacks<S>,
 }
 
+/// What epoll reports whatever the interest: both the reader and the writer will find out why.
+const FAULT: EpollFlags = EpollFlags::EPOLLERR.union(EpollFlags::EPOLLHUP);
+
+impl<S> Registration<S> {
+    /// Who is to be called when the fd is ready to be read.
+    fn reader(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
+        let due = self.interest.read && ready.intersects(EpollFlags::EPOLLIN | FAULT);
+        self.callbacks.read.filter(|_| due)
+    }
+
+    /// Who is to be called when the fd is ready to be written.
+    fn writer(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
+        let due = self.interest.write && ready.intersects(EpollFlags::EPOLLOUT | FAULT);
+        self.callbacks.write.filter(|_| due)
+    }
+}
+
 /// The Reactor: fds, what they are watched for, and what to call when it happens (since v03).
 ///
 /// The loop owns no fd but its own: callers lend theirs, and deregister before they close.
@@ -177,14 +194,14 @@ impl<S> EventLoop<S> {
     /// that is the same.
     ///
     /// # Errors
-    /// NotFound for a token whose registration is gone; what epoll_ctl(2) says.
+    /// NotFound unless the token is that of `fd` and still good; what epoll_ctl(2) says.
     pub fn set_interest<F: AsFd>(
         &mut self,
         fd: F,
         token: Token,
         interest: Interest,
     ) -> io::Result<()> {
-        let old = self.registration(token).ok_or(io::ErrorKind::NotFound)?.interest;
+        let old = self.registration_of(&fd, token)?.interest;
         if interest == old {
             return Ok(());
         }
@@ -200,9 +217,9 @@ impl<S> EventLoop<S> {
     /// process, or as a duplicate, would go on to report events that nobody can stop.
     ///
     /// # Errors
-    /// NotFound for a token whose registration is gone; what epoll_ctl(2) says.
+    /// NotFound unless the token is that of `fd` and still good; what epoll_ctl(2) says.
     pub fn del_io_event<F: AsFd>(&mut self, fd: F, token: Token) -> io::Result<()> {
-        self.registration(token).ok_or(io::ErrorKind::NotFound)?;
+        self.registration_of(&fd, token)?;
         self.epoll.delete(&fd)?;
         trace!("epoll_ctl: delete fd {}", fd.as_fd().as_raw_fd());
         self.slots[token.slot as usize].registration = None;
@@ -213,17 +230,21 @@ impl<S> EventLoop<S> {
     /// Calls `callback` once, `delay` from now, with `token`, whatever became of it meanwhile.
     ///
     /// # Errors
-    /// What timerfd_settime(2) says.
+    /// InvalidInput for a delay that ends after the end of time; what timerfd_settime(2) says. No
+    /// timer is set then.
     pub fn run_after(
         &mut self,
         delay: Duration,
         token: Token,
         callback: IoCallback<S>,
     ) -> io::Result<TimerId> {
+        let due = Instant::now().checked_add(delay).ok_or(io::ErrorKind::InvalidInput)?;
+        let id = TimerId { due, number: self.timers_set };
+        if self.timers.first_key_value().is_none_or(|(first, _)| id < *first) {
+            self.set_timer_fd(id)?;
+        }
         self.timers_set += 1;
-        let id = TimerId { due: Instant::now() + delay, number: self.timers_set };
         self.timers.insert(id, (token, callback));
-        self.set_timer()?;
         Ok(id)
     }
 
@@ -260,7 +281,7 @@ impl<S> EventLoop<S> {
     }
 
     /// Makes [`event_process`](Self::event_process) return when the current callback does. What was
-    /// ready and not looked at yet will be reported again.
+    /// ready and not looked at yet will be reported again. Does nothing outside of a callback.
     pub fn stop(&mut self) {
         self.running = false;
     }
@@ -275,34 +296,26 @@ impl<S> EventLoop<S> {
     }
 
     fn dispatch(&mut self, state: &mut S, token: Token, ready: EpollFlags) -> io::Result<()> {
-        // EPOLLERR and EPOLLHUP come unasked, whatever the interest, and for ever: someone has to
-        // be told, or the loop spins.
-        let fault = ready.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
         // An earlier callback of this batch may have deregistered it.
-        let Some(Registration { fd, interest, callbacks }) = self.registration(token) else {
+        let Some(registration) = self.registration(token) else {
             trace!("an event for a registration that is gone");
             return Ok(());
         };
-        let reader = if interest.read && (fault || ready.contains(EpollFlags::EPOLLIN)) {
-            callbacks.read
-        } else if fault && *interest == Interest::NONE {
-            callbacks.read.or(callbacks.write)
-        } else {
-            None
-        };
-        trace!("fd {fd} is ready: {}", Ready(ready));
+        trace!("fd {} is ready: {}", registration.fd, Ready(ready));
+        let Registration { callbacks, .. } = registration;
+        let (reader, writer) = (registration.reader(ready), registration.writer(ready));
+        if reader.is_none() && writer.is_none() && ready.intersects(FAULT) {
+            // These come unasked, and for ever: someone has to be told, or the loop spins.
+            let anyone = callbacks.read.or(callbacks.write);
+            return anyone.map_or(Ok(()), |callback| callback(self, state, token));
+        }
         if let Some(callback) = reader {
             callback(self, state, token)?;
         }
-
-        // So may the one just called.
-        let Some(Registration { interest, callbacks, .. }) = self.registration(token) else {
-            return Ok(());
-        };
-        match callbacks.write {
-            Some(callback) if interest.write && (fault || ready.contains(EpollFlags::EPOLLOUT)) => {
-                callback(self, state, token)
-            }
+        // The reader may have deregistered it too, or wait no longer for writing.
+        let writer = self.registration(token).and_then(|registration| registration.writer(ready));
+        match writer {
+            Some(callback) if self.running => callback(self, state, token),
             _ => Ok(()),
         }
     }
@@ -312,12 +325,25 @@ impl<S> EventLoop<S> {
         slot.registration.as_ref().filter(|_| slot.generation == token.generation)
     }
 
+    fn registration_of<F: AsFd>(&self, fd: F, token: Token) -> io::Result<&Registration<S>> {
+        self.registration(token)
+            .filter(|registration| registration.fd == fd.as_fd().as_raw_fd())
+            .ok_or(io::ErrorKind::NotFound.into())
+    }
+
     fn run_timers(&mut self, state: &mut S) -> io::Result<()> {
         // Reads the fd, or it would stay ready. EAGAIN: it was set again meanwhile.
         match self.timer.wait() {
             Ok(()) | Err(Errno::EAGAIN) => {}
             Err(errno) => return Err(errno.into()),
         }
+        let result = self.run_due_timers(state);
+        // Also after an error, or those that are left would never run.
+        self.set_timer()?;
+        result
+    }
+
+    fn run_due_timers(&mut self, state: &mut S) -> io::Result<()> {
         let now = Instant::now();
         while let Some(timer) = self.timers.first_entry() {
             if timer.key().due > now || !self.running {
@@ -327,17 +353,22 @@ impl<S> EventLoop<S> {
             trace!("a timer has run out");
             callback(self, state, token)?;
         }
-        self.set_timer()
+        Ok(())
     }
 
     /// Sets the timer fd to when the first timer is due.
     fn set_timer(&mut self) -> io::Result<()> {
-        let Some((first, _)) = self.timers.first_key_value() else { return Ok(()) };
+        match self.timers.first_key_value() {
+            Some((&first, _)) => self.set_timer_fd(first),
+            None => Ok(()),
+        }
+    }
+
+    fn set_timer_fd(&self, first: TimerId) -> io::Result<()> {
         // A zero would disarm it.
-        let delay =
-            first.due.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
-        let expiration = Expiration::OneShot(TimeSpec::from_duration(delay));
-        self.timer.set(expiration, TimerSetTimeFlags::empty())?;
+        let delay = first.due.saturating_duration_since(Instant::now());
+        let delay = TimeSpec::from_duration(delay.max(Duration::from_nanos(1)));
+        self.timer.set(Expiration::OneShot(delay), TimerSetTimeFlags::empty())?;
         Ok(())
     }
 }

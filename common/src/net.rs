@@ -197,10 +197,10 @@ fn concerns_one_client(err: &io::Error) -> bool {
 /// Those of the peer: it may have reset the connection.
 pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
-    let deadline = Instant::now() + limit;
+    let start = Instant::now();
     let mut discarded = [0; 4096];
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = limit.saturating_sub(start.elapsed());
         if left.is_zero() {
             return Ok(());
         }

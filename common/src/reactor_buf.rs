@@ -85,8 +85,9 @@ impl InputBuf {
     }
 
     /// Brings the block back that [`take`](Self::take) took, with the bytes that are left in it:
-    /// the next read adds to them.
+    /// the next read adds to them. To be called before that read.
     pub fn put_back(&mut self, block: IoBuf) {
+        debug_assert!(self.is_empty(), "bytes read since would be lost");
         self.block = Some(block);
         drop_if_empty(&mut self.block);
     }
@@ -163,7 +164,8 @@ impl OutputBuf {
 }
 
 /// The block in `slot` with room for `n` more bytes: as it is, or its data moved to the front, or
-/// moved to a larger block. After an error the slot is as it was.
+/// moved to a larger block, for which both must fit under the cap. After an error the slot is as it
+/// was.
 fn with_room<'a>(
     slot: &'a mut Option<IoBuf>,
     n: usize,

@@ -174,19 +174,21 @@ fn without_interest_nothing_is_reported_and_nothing_lost() {
     world.assert_calls(&[("read", token)]);
 }
 
+/// The one would be deregistered in the loop's table, the other in epoll's.
 #[test]
-fn the_same_interest_again_costs_no_system_call() {
+fn a_token_does_not_go_with_another_fd() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
-    // For an fd that is not registered a system call would fail (ENOENT).
-    let (stranger, _) = UnixStream::pair().unwrap();
-    let mut set = |interest| event_loop.set_interest(&stranger, token, interest);
-    set(Interest::READ).unwrap();
-    assert!(set(Interest::WRITE).is_err());
-    set(Interest::READ).expect("a change that failed has changed nothing");
+    let other = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
+    let stranger = &world.conns[&other].ours;
+    let change = event_loop.set_interest(stranger, token, Interest::WRITE);
+    assert_eq!(change.unwrap_err().kind(), ErrorKind::NotFound);
+    let deletion = event_loop.del_io_event(stranger, token);
+    assert_eq!(deletion.unwrap_err().kind(), ErrorKind::NotFound);
     world.peer_writes(token, b"x");
     run_a_turn(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
+    world.close(&mut event_loop, other);
 }
 
 #[test]
@@ -224,6 +226,59 @@ fn an_error_is_reported_even_without_interest() {
     let mut calls = Vec::new();
     run(&mut event_loop, &mut calls);
     assert_eq!(calls, [token]);
+}
+
+/// Or the loop would spin, with nobody to stop it.
+#[test]
+fn a_hang_up_is_reported_to_whoever_is_there() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let close: IoCallback<World> = |event_loop, world, token| {
+        world.calls.push(("close", token));
+        world.close(event_loop, token);
+        event_loop.stop();
+        Ok(())
+    };
+    for interest in [Interest::READ, Interest::WRITE, Interest::NONE, BOTH] {
+        for reads in [true, false] {
+            let (read, write) = if reads { (Some(close), None) } else { (None, Some(close)) };
+            let token = world.open(&mut event_loop, interest, Callbacks { read, write });
+            let (other, _) = UnixStream::pair().unwrap();
+            drop(std::mem::replace(&mut world.conns.get_mut(&token).unwrap().peer, other));
+            run(&mut event_loop, &mut world);
+            world.assert_calls(&[("close", token)]);
+        }
+    }
+}
+
+#[test]
+fn one_hang_up_calls_the_writer_once() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let once: IoCallback<World> = |event_loop, world, token| {
+        world.calls.push(("write", token));
+        world.set_interest(event_loop, token, Interest::WRITE);
+        event_loop.stop();
+        Ok(())
+    };
+    let writer = Callbacks { read: None, write: Some(once) };
+    let token = world.open(&mut event_loop, Interest::NONE, writer);
+    let (other, _) = UnixStream::pair().unwrap();
+    drop(std::mem::replace(&mut world.conns.get_mut(&token).unwrap().peer, other));
+    run(&mut event_loop, &mut world);
+    world.assert_calls(&[("write", token)]);
+}
+
+#[test]
+fn a_read_callback_that_stops_the_loop_is_not_followed_by_write() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let stop: IoCallback<World> = |event_loop, world, token| {
+        world.calls.push(("read", token));
+        event_loop.stop();
+        Ok(())
+    };
+    let token = world.open(&mut event_loop, BOTH, callbacks(stop, write));
+    world.peer_writes(token, b"x");
+    run(&mut event_loop, &mut world);
+    world.assert_calls(&[("read", token)]);
 }
 
 #[test]
@@ -516,6 +571,27 @@ fn a_stop_leaves_the_timers_that_are_due_for_the_next_run() {
         run(&mut event_loop, &mut world);
         world.assert_calls(&[("timer", token)]);
     }
+    run_a_turn(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+}
+
+#[test]
+fn an_error_of_one_timer_leaves_the_others_to_run() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let fails: IoCallback<World> = |_, _, _| Err(ErrorKind::Other.into());
+    event_loop.run_after(Duration::ZERO, Token::default(), fails).unwrap();
+    event_loop.run_after(Duration::ZERO, Token::default(), EventLoop::stop_callback).unwrap();
+    assert_eq!(event_loop.event_process(&mut world).unwrap_err().kind(), ErrorKind::Other);
+    // Nothing else is set that could end this.
+    event_loop.event_process(&mut world).unwrap();
+}
+
+#[test]
+fn a_delay_without_end_is_refused() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let refused = event_loop.run_after(Duration::MAX, Token::default(), timer);
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidInput);
+    event_loop.run_after(HOUR * 24 * 365 * 100, Token::default(), timer).unwrap();
     run_a_turn(&mut event_loop, &mut world);
     world.assert_calls(&[]);
 }
