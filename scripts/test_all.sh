@@ -1,0 +1,655 @@
+#!/usr/bin/env bash
+# Builds the chapters, runs their own tests, and then tries each one from outside, as a learner
+# would: with every netcat there is, with the client of chapter 4, with Ctrl-C and with mistakes.
+#
+# Each check runs in a subshell and a directory of its own, with a server of its own on a free port.
+# Everything that takes time runs in the background and is waited for: bash runs a trap at once in
+# `wait`, but otherwise not before the command that it waits for has ended.
+set -euo pipefail
+
+usage() {
+    cat <<'END'
+Usage: scripts/test_all.sh [v01|v02|v03|v04]...
+
+Builds and tests the chapters that are named, or all of them.
+END
+}
+
+# Seconds that a step may take: far more than it does, so that only what hangs gets there.
+readonly LIMIT=20
+readonly CARGO_LIMIT=3600
+# Seconds to look on when nothing should happen.
+readonly QUIET=1
+
+readonly CHAPTERS=(v01 v02 v03 v04)
+# A whole message of chapter 4, in the spelling of printf: id 1, length 3, payload. To v02 and v03 it is
+# some bytes like any others.
+readonly FRAME='\x01\x00\x00\x00\x03\x00\x00\x00hi\n'
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+# What the checks read on stderr depends on the first, what the tools say on the second.
+unset RUST_LOG
+export LC_ALL=C
+
+red='' green='' plain=''
+if [[ -t 1 && -z ${NO_COLOR+set} ]]; then
+    red=$'\e[31m' green=$'\e[32m' plain=$'\e[0m'
+fi
+
+scratch=''                                 # a directory, removed at the end
+netcats=()                                 # the commands to test with ...
+declare -A flavour                         # ... and the kind of each: openbsd, traditional or ncat
+declare -A binary                          # the path of each program, by the name of its package
+row_chapter=() row_check=() row_result=()  # the table at the end
+
+die() {
+    printf 'test_all.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+# ---- Waiting, and ending what was started --------------------------------------------------------
+
+# within SECONDS COMMAND...: tries until it succeeds.
+within() {
+    local tries=$(($1 * 50))
+    shift
+    until "$@"; do
+        ((tries-- > 0)) || return 1
+        sleep 0.02
+    done
+}
+
+# background SECONDS COMMAND...: starts it with a time limit; its pid is $!.
+# `timeout` gives it a process group of its own and hands a signal on to the whole group.
+background() {
+    # Without a redirection bash gives a background command /dev/null to read.
+    timeout -k 2 "$@" <&0 &
+}
+
+# limited SECONDS COMMAND...: runs it with a time limit; the code is 124 if that was reached.
+limited() {
+    background "$@"
+    wait $!
+}
+
+nothing_runs() { [[ -z $(jobs -rp) ]]; }
+
+# stop_jobs SECONDS: ends what this shell has started and no other process, the hard way after a while.
+stop_jobs() {
+    local pids
+    mapfile -t pids < <(jobs -rp)
+    ((${#pids[@]} == 0)) || kill "${pids[@]}" || true
+    if ! within "$1" nothing_runs; then
+        mapfile -t pids < <(jobs -rp)
+        kill -KILL "${pids[@]}" || true
+    fi
+    wait || true
+} 2>/dev/null
+
+clean_up() {
+    trap '' HUP INT TERM
+    # The subshell of a check needs some time to stop what runs in it.
+    stop_jobs 10
+    [[ -z $scratch ]] || rm -rf "$scratch"
+}
+
+# ---- What must be there --------------------------------------------------------------------------
+
+# flavour_of PATH: tells the netcats apart by their help. There are others (busybox, GNU), which are
+# not used.
+flavour_of() {
+    local help
+    help=$(timeout 5 "$1" -h 2>&1 </dev/null) || true
+    case $help in
+        *Ncat*) echo ncat ;;
+        *'GNU netcat'* | *BusyBox*) echo unknown ;;
+        *'Shutdown the network socket after EOF'*) echo openbsd ;;
+        *'connect to somewhere:'*) echo traditional ;;
+        *) echo unknown ;;
+    esac
+}
+
+find_netcats() {
+    local name path kind
+    local -A seen=()
+    for name in nc.openbsd nc.traditional ncat netcat nc; do
+        path=$(readlink -f "$(type -P "$name")") || continue
+        [[ -z ${seen[$path]-} ]] || continue
+        seen[$path]=yes
+        kind=$(flavour_of "$path")
+        if [[ $kind != unknown ]]; then
+            netcats+=("$name")
+            flavour[$name]=$kind
+        fi
+    done
+}
+
+# Not in the background: apt-get should not be killed halfway.
+install_netcat() {
+    local root=()
+    if ((EUID != 0)); then
+        root=(sudo -n)
+    fi
+    type -P apt-get >/dev/null && "${root[@]}" true 2>/dev/null || return 1
+    echo 'no netcat found, installing netcat-openbsd'
+    "${root[@]}" apt-get -qq update || true
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y netcat-openbsd
+} >&2 </dev/null
+
+need_tools() {
+    type -P cargo >/dev/null || die 'cargo not found: install Rust, see https://rustup.rs'
+    find_netcats
+    if ((${#netcats[@]} == 0)) && install_netcat; then
+        find_netcats
+    fi
+    ((${#netcats[@]} > 0)) || die 'no netcat found: install netcat-openbsd (Debian),' \
+        'nmap-ncat (Fedora), openbsd-netcat (Arch) or netcat-openbsd (Alpine)'
+}
+
+# ---- Results -------------------------------------------------------------------------------------
+
+# Announces a row, which `record` completes.
+begin() { printf '%-7s  %s ... ' "$1" "$2"; }
+
+record() { # CHAPTER NAME pass|FAIL
+    row_chapter+=("$1") row_check+=("$2") row_result+=("$3")
+    if [[ $3 == pass ]]; then
+        printf '%spass%s\n' "$green" "$plain"
+    else
+        printf '%sFAIL%s\n' "$red" "$plain"
+    fi
+}
+
+indented() { sed 's/^/    /'; }
+
+# check CHAPTER NAME COMMAND...: passes if the command ends with code 0.
+check() {
+    local chapter=$1 name=$2 dir=$scratch/check report=$scratch/report log
+    shift 2
+    begin "$chapter" "$name"
+    mkdir "$dir"
+    (
+        trap 'stop_jobs 3' EXIT
+        trap 'exit 143' TERM
+        cd "$dir"
+        "$@"
+    ) </dev/null >"$report" 2>&1 &
+    if wait $!; then
+        record "$chapter" "$name" pass
+    else
+        record "$chapter" "$name" FAIL
+        indented <"$report"
+        for log in err server.log; do
+            if [[ -s $dir/$log ]]; then
+                printf '    the end of %s:\n' "$log"
+                tail -n 8 "$dir/$log" | indented | indented
+            fi
+        done
+    fi
+    rm -rf "$dir"
+}
+
+# Prints the table, and ends with code 1 if anything has failed.
+summary() {
+    local i width=0 failed=0 colour
+    for i in "${!row_check[@]}"; do
+        ((width >= ${#row_check[i]})) || width=${#row_check[i]}
+        [[ ${row_result[i]} == pass ]] || failed=$((failed + 1))
+    done
+    printf '\n%-7s  %-*s  %s\n' chapter "$width" check result
+    for i in "${!row_check[@]}"; do
+        colour=$green
+        [[ ${row_result[i]} == pass ]] || colour=$red
+        printf '%-7s  %-*s  %s\n' "${row_chapter[i]}" "$width" "${row_check[i]}" \
+            "$colour${row_result[i]}$plain"
+    done
+    printf '\n%d passed, %d failed\n' "$((${#row_check[@]} - failed))" "$failed"
+    ((failed == 0)) || exit 1
+}
+
+# ---- For use in a check --------------------------------------------------------------------------
+
+fail() {
+    printf '%s\n' "$@"
+    exit 1
+}
+
+# The beginning of a file, in a form that can be printed.
+excerpt() {
+    printf '%d bytes\n' "$(wc -c <"$1")"
+    head -c 200 "$1" | tr -c ' -~\n' '?' | head -n 8 | indented
+}
+
+# expect_same EXPECTED CAME: two files.
+expect_same() {
+    cmp -s "$1" "$2" || fail "expected: $(excerpt "$1")" "came: $(excerpt "$2")" "$(cmp "$1" "$2" 2>&1)"
+}
+
+# expect_lines FILE REGEX...: one line for each regex, in this order.
+expect_lines() {
+    local file=$1 lines i=0 regex
+    shift
+    mapfile -t lines <"$file"
+    for regex in "$@"; do
+        [[ ${lines[i]-} =~ $regex ]] || fail "expected in line $((i + 1)): $regex" "came: $(excerpt "$file")"
+        i=$((i + 1))
+    done
+    ((${#lines[@]} == $#)) || fail "expected: $# lines" "came: $(excerpt "$file")"
+}
+
+# run COMMAND...: leaves its output in the files out and err, and its exit code in $code.
+run() {
+    code=0
+    limited "$LIMIT" "$@" >out 2>err || code=$?
+}
+
+expect_code() {
+    ((code == $1)) || fail "expected: exit code $1" "came: exit code $code"
+}
+
+# start_server CHAPTER [PORT]: sets $server to its pid and $port to the port that it says it has.
+start_server() {
+    "${binary[reactor-$1]}" --addr "127.0.0.1:${2-0}" </dev/null 2>server.log &
+    server=$!
+    within "$LIMIT" server_has_begun || true
+    [[ -n $port ]] || fail "expected: 'listening on 127.0.0.1:PORT' on stderr of reactor-$1"
+}
+
+# Either way it need not be waited for any more.
+server_has_begun() {
+    port=$(sed -n 's/.* listening on 127\.0\.0\.1:\([0-9][0-9]*\)$/\1/p' server.log)
+    [[ -n $port ]] || has_ended "$server"
+}
+
+has_ended() { ! kill -0 "$1" 2>/dev/null; }
+
+# stop_server SIGNAL: sends it, waits for the end, and leaves the exit code in $code.
+stop_server() {
+    kill -s "$1" "$server"
+    within "$LIMIT" has_ended "$server" || fail "expected: SIG$1 ends the server" 'came: it still runs'
+    code=0
+    wait "$server" || code=$?
+}
+
+# use_netcat NAME plain|close|stay: sets $nc to the command with its options.
+# When its input ends, `plain` does what this netcat likes; `close` closes the direction to the server
+# and waits for the server to close the other one; `stay` leaves both open until the server closes.
+use_netcat() {
+    nc=("$1")
+    case ${flavour[$1]}-$2 in
+        openbsd-close) nc+=(-N) ;;
+        # It closes if it should end some time later, at the latest.
+        traditional-close) nc+=(-q "$LIMIT") ;;
+        ncat-stay) nc+=(--no-shutdown) ;;
+    esac
+}
+
+# talk: sends the file sent with $nc, and what comes back is the file received.
+talk() {
+    local result=0
+    limited "$LIMIT" "${nc[@]}" 127.0.0.1 "$port" <sent >received || result=$?
+    talk_result "$result"
+}
+
+talk_result() {
+    case $1 in
+        0) ;;
+        124) fail "expected: ${nc[*]} ends within $LIMIT s" "received: $(excerpt received)" ;;
+        *) fail "expected: ${nc[*]} ends with code 0" "came: code $1" "received: $(excerpt received)" ;;
+    esac
+}
+
+# hold: connects a client with $nc that does not close. What goes to fd 3 is sent; what comes back is
+# in the file held; its pid is $held. It stays longer than anything else may take.
+hold() {
+    mkfifo held.in
+    # Opened for both, a fifo does not wait for the other end.
+    exec 3<>held.in
+    background $((3 * LIMIT)) "${nc[@]}" 127.0.0.1 "$port" <held.in >held
+    held=$!
+}
+
+# say TEXT: sends it by the client of hold, with the escapes of printf, and waits for the echo.
+say() {
+    printf '%b' "$1" | tee -a said >&3
+    within "$LIMIT" cmp -s said held || expect_same said held
+}
+
+# ---- Every program -------------------------------------------------------------------------------
+
+check_help() { # PACKAGE
+    run "${binary[$1]}" --help
+    expect_code 0
+    head -n 2 out >first_lines
+    expect_lines first_lines '^Chapter [1-4][:,] ' '^Try it: '
+    grep -q -e "--addr" out || fail 'expected: --addr in the help' "came: $(cat out)"
+}
+
+check_version() { # PACKAGE
+    run "${binary[$1]}" --version
+    expect_code 0
+    expect_lines out "^$1 [0-9]+\.[0-9]+\.[0-9]+"
+}
+
+check_not_an_address() { # PACKAGE
+    run "${binary[$1]}" --addr nonsense
+    expect_code 2
+    grep -q nonsense err || fail 'expected: the mistake on stderr' "came: $(excerpt err)"
+}
+
+program_checks() { # CHAPTER PACKAGE
+    check "$1" "$2 --help" check_help "$2"
+    check "$1" "$2 --version" check_version "$2"
+    check "$1" "$2 --addr nonsense ends with code 2" check_not_an_address "$2"
+}
+
+# ---- Every server --------------------------------------------------------------------------------
+
+check_busy_port() { # CHAPTER
+    start_server "$1"
+    run "${binary[reactor-$1]}" --addr "127.0.0.1:$port"
+    expect_code 1
+    expect_lines err "127\.0\.0\.1:$port"
+}
+
+# With a client connected, since the kernel still remembers the connection when the server has gone.
+check_signal() { # CHAPTER SIGNAL CODE
+    start_server "$1"
+    use_netcat "${netcats[0]}" stay
+    hold
+    if [[ $1 == v01 ]]; then
+        within "$LIMIT" test -s held || fail 'expected: a greeting' 'came: nothing'
+    else
+        say "$FRAME"
+    fi
+    stop_server "$2"
+    expect_code "$3"
+    # On the port that it had: this fails if it is not free.
+    start_server "$1" "$port"
+}
+
+server_checks() { # CHAPTER
+    program_checks "$1" "reactor-$1"
+    check "$1" 'a busy port ends with code 1' check_busy_port "$1"
+    case $1 in
+        # SIGINT cannot be tried: bash lets its background commands ignore it.
+        v01 | v02) check "$1" 'SIGTERM ends it, port free at once' check_signal "$1" TERM 143 ;;
+        *)
+            check "$1" 'SIGTERM ends with code 0, port free at once' check_signal "$1" TERM 0
+            check "$1" 'SIGINT ends with code 0, port free at once' check_signal "$1" INT 0
+            ;;
+    esac
+}
+
+# ---- Chapter 1 -----------------------------------------------------------------------------------
+
+check_greeting() { # NETCAT [TEXT TO SEND]
+    start_server v01
+    use_netcat "$1" plain
+    printf '%s' "${2-}" >sent
+    talk
+    printf 'hello Lars\n' >expected
+    expect_same expected received
+}
+
+check_bounded_wait() { # NETCAT
+    start_server v01
+    use_netcat "$1" stay
+    hold
+    printf 'hello Lars\n' >expected
+    within "$LIMIT" cmp -s expected held || expect_same expected held
+    : >sent
+    talk
+    expect_same expected received
+}
+
+chapter_v01() {
+    local name
+    server_checks v01
+    for name in "${netcats[@]}"; do
+        check v01 "$name: hello Lars" check_greeting "$name"
+        check v01 "echo hi | $name: hello Lars" check_greeting "$name" $'hi\n'
+        check v01 "$name: one that stays does not block the next" check_bounded_wait "$name"
+    done
+}
+
+# ---- Chapters 2 and 3 ----------------------------------------------------------------------------
+
+check_echo_text() { # CHAPTER NETCAT
+    start_server "$1"
+    use_netcat "$2" close
+    printf 'hello\nlars!' >sent
+    talk
+    expect_same sent received
+}
+
+check_echo_bytes() { # CHAPTER NETCAT
+    start_server "$1"
+    use_netcat "$2" close
+    head -c 1000000 /dev/urandom >sent
+    talk
+    expect_same sent received
+}
+
+check_second_waits() { # CHAPTER NETCAT
+    local second result=0
+    start_server "$1"
+    use_netcat "$2" close
+    hold
+    say $'the first\n'
+    printf 'the second\n' >sent
+    background "$LIMIT" "${nc[@]}" 127.0.0.1 "$port" <sent >received
+    second=$!
+    if within "$QUIET" test -s received; then
+        fail 'expected: nothing for the second client while the first is there' "came: $(excerpt received)"
+    fi
+    say $'the first again\n'
+    kill "$held"
+    wait "$second" || result=$?
+    talk_result "$result"
+    expect_same sent received
+}
+
+check_second_is_served() { # CHAPTER NETCAT
+    start_server "$1"
+    use_netcat "$2" close
+    hold
+    say $'the first\n'
+    printf 'the second\n' >sent
+    talk
+    expect_same sent received
+    say $'the first again\n'
+}
+
+chapter_v02() {
+    local name
+    server_checks v02
+    for name in "${netcats[@]}"; do
+        check v02 "$name: echo of text" check_echo_text v02 "$name"
+        check v02 "$name: echo of 1 MB" check_echo_bytes v02 "$name"
+        check v02 "$name: the second client waits" check_second_waits v02 "$name"
+    done
+}
+
+chapter_v03() {
+    local name
+    server_checks v03
+    for name in "${netcats[@]}"; do
+        check v03 "$name: echo of text" check_echo_text v03 "$name"
+        check v03 "$name: echo of 1 MB" check_echo_bytes v03 "$name"
+        check v03 "$name: the second client is served" check_second_is_served v03 "$name"
+    done
+}
+
+# ---- Chapter 4 -----------------------------------------------------------------------------------
+
+client() { run "${binary[reactor-v04-client]}" --addr "127.0.0.1:$port" "$@"; }
+
+# expect_replies LINE...: on standard output, and nothing on stderr.
+expect_replies() {
+    expect_code 0
+    printf '%s\n' "$@" >expected
+    expect_same expected out
+    : >expected
+    expect_same expected err
+}
+
+check_message() {
+    start_server v04
+    client 'hello lars!'
+    expect_replies 'id=1 len=11 hello lars!'
+}
+
+check_messages() {
+    start_server v04
+    client one 'two words' three
+    expect_replies 'id=1 len=3 one' 'id=1 len=9 two words' 'id=1 len=5 three'
+}
+
+check_negative_id() {
+    start_server v04
+    client --id -7 hi
+    expect_replies 'id=-7 len=2 hi'
+}
+
+check_lines() {
+    start_server v04
+    printf 'a line\nanother\n' >lines
+    client <lines
+    expect_replies 'id=1 len=6 a line' 'id=1 len=7 another'
+}
+
+check_many_lines() {
+    start_server v04
+    seq 10000 >lines
+    client <lines
+    awk '{ printf "id=1 len=%d %s\n", length($0), $0 }' lines >expected
+    expect_code 0
+    expect_same expected out
+}
+
+check_no_server() {
+    start_server v04
+    stop_server TERM
+    client hi
+    expect_code 1
+    expect_lines err "127\.0\.0\.1:$port"
+    [[ ! -s out ]] || fail 'expected: nothing on standard output' "came: $(excerpt out)"
+}
+
+# Bytes 4 to 7 are the length: "text", little-endian, is 1954047348.
+check_raw_text() { # NETCAT
+    start_server v04
+    # The server must be the one that closes.
+    use_netcat "$1" stay
+    printf 'raw text\n' >sent
+    talk
+    : >expected
+    expect_same expected received
+    within "$LIMIT" grep -q WARN server.log || fail 'expected: a warning in the log of the server'
+    grep WARN server.log >warnings
+    expect_lines warnings '127\.0\.0\.1:[0-9]+.*[^0-9]1954047348([^0-9]|$)'
+    client 'hello lars!'
+    expect_replies 'id=1 len=11 hello lars!'
+}
+
+chapter_v04() {
+    local name
+    server_checks v04
+    program_checks v04 reactor-v04-client
+    check v04 'client: one message' check_message
+    check v04 'client: several messages' check_messages
+    check v04 'client: --id -7' check_negative_id
+    check v04 'client: lines of standard input' check_lines
+    check v04 'client: 10,000 lines' check_many_lines
+    check v04 'client: no server ends with code 1' check_no_server
+    for name in "${netcats[@]}"; do
+        check v04 "$name: raw text is refused" check_raw_text "$name"
+    done
+}
+
+# ---- cargo ---------------------------------------------------------------------------------------
+
+# cargo_row NAME SUBCOMMAND ARGUMENT...: stdout goes to the file cargo, and stderr to the terminal.
+cargo_row() {
+    local name=$1 result=0
+    shift
+    printf '%s ...\n' "$name"
+    limited "$CARGO_LIMIT" cargo "$@" --locked </dev/null >"$scratch/cargo" || result=$?
+    begin all "$name"
+    if ((result == 0)); then
+        record all "$name" pass
+    else
+        record all "$name" FAIL
+    fi
+    return "$result"
+}
+
+build() { # PACKAGE OPTIONS
+    # cargo says where it puts the programs: the user may have configured another place than target/.
+    if ! cargo_row "cargo build" build --message-format=json-render-diagnostics "$@"; then
+        summary
+    fi
+    local path
+    while read -r path; do
+        binary[${path##*/}]=$path
+    done < <(sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' "$scratch/cargo")
+}
+
+cargo_tests() { # PACKAGE OPTIONS
+    cargo_row "cargo test $*" test "$@" || tail -n 60 "$scratch/cargo" | indented
+    awk '/^test result:/ { passed += $4; failed += $6 }
+        END { printf "         %d tests passed, %d failed\n", passed, failed }' "$scratch/cargo"
+}
+
+# ---- main ----------------------------------------------------------------------------------------
+
+main() {
+    local chapter packages=()
+    local -A chosen=()
+    for chapter in "$@"; do
+        case $chapter in
+            -h | --help)
+                usage
+                exit 0
+                ;;
+            v01 | v02 | v03 | v04) chosen[$chapter]=yes ;;
+            *)
+                printf 'test_all.sh: no such chapter: %s\n' "$chapter" >&2
+                usage >&2
+                exit 2
+                ;;
+        esac
+    done
+
+    trap clean_up EXIT
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 141' PIPE
+    trap 'exit 143' TERM
+    scratch=$(mktemp -d)
+    need_tools
+
+    if (($# == 0)); then
+        packages=(--workspace)
+        for chapter in "${CHAPTERS[@]}"; do
+            chosen[$chapter]=yes
+        done
+    else
+        packages=(-p common)
+        for chapter in "${CHAPTERS[@]}"; do
+            [[ -z ${chosen[$chapter]-} ]] || packages+=(-p "reactor-$chapter")
+        done
+        [[ -z ${chosen[v04]-} ]] || packages+=(-p reactor-v04-client)
+    fi
+
+    printf 'netcats: %s\n' "${netcats[*]}"
+    build "${packages[@]}"
+    cargo_tests "${packages[@]}"
+    for chapter in "${CHAPTERS[@]}"; do
+        [[ -z ${chosen[$chapter]-} ]] || "chapter_$chapter"
+    done
+    summary
+}
+
+main "$@"
