@@ -26,6 +26,7 @@ readonly CHAPTERS=(v01 v02 v03 v04)
 # some bytes like any others.
 readonly FRAME='\x01\x00\x00\x00\x03\x00\x00\x00hi\n'
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+readonly ROOT=$PWD
 
 # What the checks read on stderr depends on the first, what the tools say on the second.
 unset RUST_LOG
@@ -568,6 +569,10 @@ chapter_v04() {
     done
 }
 
+# ---- Chapters 3 and 4 under churn ----------------------------------------------------------------
+
+check_soak() { limited "$CARGO_LIMIT" "$ROOT/scripts/soak.sh" 0.17; }
+
 # ---- cargo ---------------------------------------------------------------------------------------
 
 # cargo_row NAME SUBCOMMAND ARGUMENT...: stdout goes to the file cargo, and stderr to the terminal.
@@ -649,6 +654,9 @@ main() {
     for chapter in "${CHAPTERS[@]}"; do
         [[ -z ${chosen[$chapter]-} ]] || "chapter_$chapter"
     done
+    if (($# == 0)); then
+        check all 'soak: ten seconds of churn' check_soak
+    fi
     summary
 }
 
