@@ -15,7 +15,7 @@ const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
 const MAX_PAYLOAD: usize = 65_527;
 
 /// A server for as many clients, one after the other, as there are turns.
-fn serve(turns: Vec<fn(TcpStream)>) -> (SocketAddr, JoinHandle<()>) {
+fn serve<F: FnOnce(TcpStream) + Send + 'static>(turns: Vec<F>) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let server = thread::spawn(move || {
@@ -101,7 +101,7 @@ fn the_id_may_be_any_32_bits() {
 
 #[test]
 fn what_is_not_printable_is_escaped() {
-    let (addr, _server) = serve(vec![|stream| {
+    let (addr, _server) = serve(vec![|stream: TcpStream| {
         read(&stream, 9);
         write(&stream, &frame(5, b"it's \"\xc3\xa9\" \\ \n\t\x1b\xff\xfe\x00"));
     }]);
@@ -154,7 +154,7 @@ fn pipelines_any_number_of_messages_in_bounded_memory() {
 
 #[test]
 fn replies_may_come_in_pieces_and_stuck_together() {
-    let (addr, _server) = serve(vec![|stream| {
+    let (addr, _server) = serve(vec![|stream: TcpStream| {
         let request = frame(1, &[b'x'; 100]);
         read(&stream, 3 * request.len());
         stream.set_nodelay(true).unwrap();
@@ -212,7 +212,7 @@ fn every_address_of_a_name_is_tried() {
 
 #[test]
 fn a_server_that_goes_is_one_clear_line() {
-    let (addr, _server) = serve(vec![
+    let (addr, _server) = serve::<fn(TcpStream)>(vec![
         |stream| {
             read(&stream, 18);
             write(&stream, &frame(1, b"a"));
@@ -259,7 +259,7 @@ fn has_read(stream: &TcpStream) -> bool {
 
 #[test]
 fn a_silent_server_is_given_up() {
-    let (addr, _server) = serve(vec![|mut stream| {
+    let (addr, _server) = serve(vec![|mut stream: TcpStream| {
         write(&stream, &frame(9, b"then nothing"));
         let _ = stream.read_to_end(&mut Vec::new());
     }]);
@@ -285,14 +285,35 @@ fn nix_listener() -> TcpListener {
 
 #[test]
 fn a_bad_frame_is_one_clear_line_after_the_replies_before_it() {
-    let (addr, _server) = serve(vec![|stream| {
-        read(&stream, 18);
-        let bad = [1_i32.to_le_bytes(), (-5_i32).to_le_bytes()].concat();
-        write(&stream, &[frame(1, b"good"), bad].concat());
+    for length in [-1, i32::MIN, MAX_PAYLOAD as i32 + 1, i32::MAX] {
+        let (addr, _server) = serve(vec![move |stream: TcpStream| {
+            read(&stream, 18);
+            let bad = [1_i32.to_le_bytes(), length.to_le_bytes()].concat();
+            write(&stream, &[frame(1, b"good"), bad].concat());
+        }]);
+        let output = run_command(&mut client(addr, &["--retry", "3", "a", "b"]));
+        let reason = format!(
+            "{addr} has sent a bad frame: message length {length} is not within 0 to 65527"
+        );
+        assert_fails(&output, "id=1 len=4 good\n", &reason);
+    }
+}
+
+/// Owed a reply, and stuck because the server does not read.
+#[test]
+fn it_sleeps_while_it_waits() {
+    let (addr, _server) = serve(vec![|mut stream: TcpStream| {
+        stream.read_exact(&mut [0; 9]).unwrap();
+        thread::sleep(harness::LIMIT);
     }]);
-    let output = run_command(&mut client(addr, &["--retry", "3", "a", "b"]));
-    let reason = "has sent a bad frame: message length -5 is not within 0 to 65527";
-    assert_fails(&output, "id=1 len=4 good\n", reason);
+    let stdin = pipe_with(b"a message\n".repeat(1 << 20));
+    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::null()));
+    harness::wait_until("it has sent what it may", || {
+        let before = process.cpu();
+        thread::sleep(harness::QUIET);
+        process.cpu() == before
+    });
+    assert!(process.is_running());
 }
 
 #[test]
@@ -312,7 +333,7 @@ fn a_standard_output_that_takes_nothing_is_one_clear_line() {
 
 #[test]
 fn reconnects_and_sends_again_what_has_no_reply() {
-    let (addr, _server) = serve(vec![
+    let (addr, _server) = serve::<fn(TcpStream)>(vec![
         |stream| {
             read(&stream, 27);
             write(&stream, &frame(1, b"a"));
@@ -333,7 +354,7 @@ fn reconnects_and_sends_again_what_has_no_reply() {
 
 #[test]
 fn gives_up_after_so_many_retries() {
-    let (addr, _server) = serve(vec![drop::<TcpStream>, drop, drop]);
+    let (addr, _server) = serve::<fn(TcpStream)>(vec![drop, drop, drop]);
     let output = run_command(&mut client(addr, &["--retry", "2", "x"]));
     assert_eq!(output.status.code(), Some(1));
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -407,7 +428,7 @@ fn says_what_it_is_and_what_it_does_not_understand() {
 
 #[test]
 fn a_half_closed_server_still_answers() {
-    let (addr, _server) = serve(vec![|stream| {
+    let (addr, _server) = serve(vec![|stream: TcpStream| {
         let request = read(&stream, 9);
         write(&stream, &request);
         stream.shutdown(Shutdown::Write).unwrap();
