@@ -99,6 +99,11 @@ fn idle_blocks_give_way_to_other_sizes_and_no_more_of_them_than_needed() {
     drop(large);
     let _small = pool.alloc(1).unwrap();
     assert_bytes(&pool, 4 * KIB, 0, 64 * KIB);
+
+    let pool = BufPool::new(20 * KIB);
+    drop(pool.alloc(16 * KIB).unwrap());
+    let _fits_beside_it = pool.alloc(1).unwrap();
+    assert_bytes(&pool, 4 * KIB, 16 * KIB, 16 * KIB);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command};
@@ -11,6 +12,7 @@ use std::time::Duration;
 
 use common::buf_pool::{BufPool, MAX_BLOCK};
 use common::event_loop::{Callbacks, EventLoop, Interest};
+use common::net::close_gracefully;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use nix::unistd::{Pid, gettid};
 
@@ -29,42 +31,57 @@ const SCRIPT: &str = r#"
     eval "$2"
 "#;
 
-/// Runs [`SCRIPT`] with the other end of the socket as stdin and stdout.
-fn interrupt_and_then(last: &str) -> (Child, UnixStream) {
+/// Runs [`SCRIPT`] with the other end of a socket as stdin and stdout.
+fn interrupt_and_then(last: &str, theirs: impl Into<OwnedFd>) -> Child {
+    let theirs = theirs.into();
+    Command::new("sh")
+        .args(["-c", SCRIPT])
+        .args([Pid::this(), gettid()].map(|id| id.to_string()))
+        .arg(last)
+        .stdin(theirs.try_clone().unwrap())
+        .stdout(theirs)
+        .spawn()
+        .unwrap()
+}
+
+fn pair() -> (UnixStream, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     // Without a timeout the kernel itself would repeat the calls of a socket.
     ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     ours.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
-    let child = Command::new("sh")
-        .args(["-c", SCRIPT])
-        .args([Pid::this(), gettid()].map(|id| id.to_string()))
-        .arg(last)
-        .stdin(OwnedFd::from(theirs.try_clone().unwrap()))
-        .stdout(OwnedFd::from(theirs))
-        .spawn()
-        .unwrap();
-    (child, ours)
+    (ours, theirs)
 }
 
 #[test]
 fn an_interrupted_system_call_is_repeated() {
     let pool = BufPool::new(MAX_BLOCK);
 
-    let (mut child, socket) = interrupt_and_then("echo done");
+    let (socket, theirs) = pair();
+    let mut child = interrupt_and_then("echo done", theirs);
     let mut input = InputBuf::new(&pool);
     assert_eq!(input.read_from(&socket).unwrap(), Some(5));
     assert!(child.wait().unwrap().success());
 
-    let (mut child, socket) = interrupt_and_then("head -c 1000000 >/dev/null");
+    let (socket, theirs) = pair();
+    let mut child = interrupt_and_then("head -c 1000000 >/dev/null", theirs);
     let mut output = OutputBuf::new(&pool);
     output.send_data(&[b'x'; 1_000_000][..]).unwrap();
     assert_eq!(output.write_to(&socket).unwrap(), 1_000_000);
     assert!(child.wait().unwrap().success());
 
-    let (mut child, socket) = interrupt_and_then("echo done");
+    let (socket, theirs) = pair();
+    let mut child = interrupt_and_then("echo done", theirs);
     let mut event_loop = EventLoop::new().unwrap();
     let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
     event_loop.add_io_event(&socket, Interest::READ, callbacks).unwrap();
     event_loop.event_process(&mut ()).unwrap();
+    assert!(child.wait().unwrap().success());
+
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let theirs = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (socket, _) = listener.accept().unwrap();
+    let mut child = interrupt_and_then("true", theirs);
+    close_gracefully(socket, Duration::from_secs(20)).unwrap();
+    // It has not been given up before the peer has closed.
     assert!(child.wait().unwrap().success());
 }

@@ -176,6 +176,21 @@ fn a_graceful_close_delivers_the_reply_in_spite_of_unread_input() {
 }
 
 #[test]
+fn a_graceful_close_says_that_the_peer_has_reset() {
+    let (server, client) = tcp_pair();
+    let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+    nix::sys::socket::setsockopt(&client, nix::sys::socket::sockopt::Linger, &at_once).unwrap();
+    let reset = thread::spawn(move || {
+        // Only after the FIN, or it could not be said any more.
+        assert_eq!((&client).read(&mut [0]).unwrap(), 0);
+        drop(client);
+    });
+    let closing = close_gracefully(server, LIMIT);
+    assert_eq!(closing.unwrap_err().kind(), ErrorKind::ConnectionReset);
+    reset.join().unwrap();
+}
+
+#[test]
 fn a_graceful_close_has_an_end_though_the_peer_has_none() {
     let limit = Duration::from_millis(20);
     let (server, _silent) = tcp_pair();

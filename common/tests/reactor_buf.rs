@@ -166,6 +166,22 @@ fn reads_add_to_what_was_put_back() {
     assert_eq!(take(&mut input).0, &data[4000..]);
 }
 
+/// Or what is at the end of a block would be followed by one small read after the other.
+#[test]
+fn a_read_finds_room_where_data_has_been_popped() {
+    let pool = BufPool::new(MAX_BLOCK);
+    let (ours, peer) = pair();
+    let mut input = InputBuf::new(&pool);
+    fill(&peer, &pattern(4000));
+    assert_eq!(input.read_from(&ours).unwrap(), Some(4000));
+    let mut block = input.take().unwrap();
+    block.pop(3900);
+    input.put_back(block);
+    fill(&peer, &pattern(3000));
+    assert_eq!(input.read_from(&ours).unwrap(), Some(3000));
+    assert_in_use(&pool, 4096);
+}
+
 #[test]
 fn a_block_put_back_empty_goes_back_to_the_pool() {
     let (ours, peer) = pair();
