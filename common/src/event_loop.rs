@@ -227,6 +227,11 @@ impl<S> EventLoop<S> {
         Ok(())
     }
 
+    /// How many fds are registered.
+    pub fn registered(&self) -> usize {
+        self.slots.len() - self.free_slots.len()
+    }
+
     /// Calls `callback` once, `delay` from now, with `token`, whatever became of it meanwhile.
     ///
     /// # Errors

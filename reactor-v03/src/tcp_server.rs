@@ -115,7 +115,9 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        info!("stopped; connections cut off: {}; buffers: {}", self.conns.len(), self.pool.stats());
+        let (cut_off, buffers) = (self.conns.len(), self.pool.stats());
+        let registered = event_loop.registered();
+        info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
         Ok(())
     }
 }

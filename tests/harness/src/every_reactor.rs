@@ -83,6 +83,19 @@ impl Chapter {
         assert_echo(client, &(self.message)(payload));
     }
 
+    /// Pings, of which each is answered within a second, but for a few when this machine has other
+    /// things to do.
+    #[track_caller]
+    fn assert_served_within_the_second(&self, client: &TcpStream) {
+        let mut late = 0;
+        for _ in 0..100 {
+            let start = Instant::now();
+            self.ping(client, b"served within the second");
+            late += usize::from(start.elapsed() > Duration::from_secs(1));
+        }
+        assert!(late < 10, "{late} of 100 were not");
+    }
+
     /// About `n` bytes of whole messages.
     fn messages(&self, n: usize, seed: u64) -> Vec<u8> {
         let message = (self.message)(&pattern(1000, seed));
@@ -119,7 +132,7 @@ fn assert_stops_with_nothing_in_use(mut server: Server) {
 #[track_caller]
 fn assert_stopped_with_nothing_in_use(server: &mut Server) {
     assert_eq!(server.wait().code(), Some(0));
-    server.wait_for_log("stopped; connections cut off: 0; buffers: 0 B in use");
+    server.wait_for_log("stopped; cut off: 0; still registered: 0; buffers: 0 B in use");
 }
 
 /// What chapter 2 cannot do.
@@ -205,10 +218,7 @@ pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
         for client in &deaf {
             scope.spawn(|| chapter.stuff(client));
         }
-        other.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-        for _ in 0..100 {
-            chapter.ping(&other, b"served within the second");
-        }
+        chapter.assert_served_within_the_second(&other);
     });
     let grown = server.status("VmRSS") - before;
     assert!(grown < 24 * chapter.stuck_kib + 256, "by {grown} KiB");
@@ -261,10 +271,7 @@ pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) 
         });
         wait_until("it is under way", || received.load(Ordering::Relaxed) > 4 << 20);
         let other = server.connect();
-        other.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
-        for _ in 0..200 {
-            chapter.ping(&other, b"served within the second");
-        }
+        chapter.assert_served_within_the_second(&other);
         done.store(true, Ordering::Relaxed);
     });
 }
@@ -499,5 +506,5 @@ pub fn a_client_that_never_reads_does_not_keep_it_from_stopping(chapter: Chapter
     server.signal(Signal::SIGTERM);
     assert_eq!(server.wait().code(), Some(0));
     assert!(start.elapsed() < Duration::from_secs(10));
-    server.wait_for_log("stopped; connections cut off: 1");
+    server.wait_for_log("stopped; cut off: 1");
 }
