@@ -50,12 +50,12 @@ die() {
 
 # ---- Waiting, and ending what was started --------------------------------------------------------
 
-# within SECONDS COMMAND...: tries until it succeeds.
+# within SECONDS COMMAND...: tries until it succeeds, for that long at least.
 within() {
-    local tries=$(($1 * 50))
+    local end=$((SECONDS + $1))
     shift
     until "$@"; do
-        ((tries-- > 0)) || return 1
+        ((SECONDS <= end)) || return 1
         sleep 0.02
     done
 }
@@ -78,6 +78,8 @@ nothing_runs() { [[ -z $(jobs -rp) ]]; }
 # stop_jobs SECONDS: ends what this shell has started and no other process, the hard way after a while.
 stop_jobs() {
     local pids
+    # Not to be interrupted in its turn.
+    trap '' HUP INT PIPE TERM
     mapfile -t pids < <(jobs -rp)
     ((${#pids[@]} == 0)) || kill "${pids[@]}" || true
     if ! within "$1" nothing_runs; then
@@ -88,7 +90,6 @@ stop_jobs() {
 } 2>/dev/null
 
 clean_up() {
-    trap '' HUP INT TERM
     # The subshell of a check needs some time to stop what runs in it.
     stop_jobs 10
     [[ -z $scratch ]] || rm -rf "$scratch"
@@ -171,7 +172,8 @@ check() {
     mkdir "$dir"
     (
         trap 'stop_jobs 3' EXIT
-        trap 'exit 143' TERM
+        # `exit` alone would not do: if the signal comes just as the trap above begins, it ends that one.
+        trap 'stop_jobs 3; exit 143' TERM
         cd "$dir"
         "$@"
     ) </dev/null >"$report" 2>&1 &
@@ -628,10 +630,10 @@ main() {
     done
 
     trap clean_up EXIT
-    trap 'exit 129' HUP
-    trap 'exit 130' INT
-    trap 'exit 141' PIPE
-    trap 'exit 143' TERM
+    trap 'clean_up; exit 129' HUP
+    trap 'clean_up; exit 130' INT
+    trap 'clean_up; exit 141' PIPE
+    trap 'clean_up; exit 143' TERM
     scratch=$(mktemp -d)
     need_tools
 

@@ -456,6 +456,7 @@ proptest! {
                 let called = |write| calls.contains(&(entry.token, write));
                 prop_assert_eq!((called(false), called(true)), entry.due());
             }
+            prop_assert_eq!(event_loop.registered(), live.len());
             let known = |token: &Token| live.iter().any(|entry| entry.token == *token);
             prop_assert!(calls.iter().all(|(token, _)| known(token)));
         }
