@@ -146,8 +146,14 @@ fn a_refused_client_that_keeps_sending_is_cut_off() {
     let mut client = server.connect();
     write(&client, &[frame(1, b"good"), bad_frame(-1)].concat());
     assert_eq!(read_to_end(&client), frame(1, b"good"));
-    while client.write_all(&[b'x'; 65536]).is_ok() {}
+    // Little by little, so that it is the server's patience that ends and not a buffer.
+    let start = std::time::Instant::now();
+    while client.write_all(b"still there").is_ok() {
+        assert!(start.elapsed() < 2 * harness::LIMIT, "it is not cut off");
+        std::thread::sleep(harness::QUIET);
+    }
     wait_until("it is closed", || server.fds() == before);
+    server.wait_for_log("refused, and not closed by the client within 30s");
 }
 
 #[test]

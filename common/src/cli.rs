@@ -1,13 +1,17 @@
 //! What a program needs around its chapter: arguments, log, exit code (since v01).
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use clap::Parser;
+use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use tracing::{level_filters::LevelFilter, warn};
@@ -64,14 +68,15 @@ impl fmt::Display for Addr {
     }
 }
 
-/// The `main` of every server: [`run`], but a closed terminal (SIGHUP) does not end it (since v01).
+/// The `main` of every server: [`run`], but neither a closed terminal (SIGHUP) nor its log can end
+/// or stop it (since v01).
 pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     run(|args| {
-        // A blocked signal stays pending for ever: as good as ignored, and nix has it without
-        // `unsafe`.
-        let mut hangup = SigSet::empty();
-        hangup.add(Signal::SIGHUP);
-        hangup.thread_block()?;
+        // To write to a file that is as large as it may be, or from the background to a terminal
+        // that has `stty tostop` set, raises the other two. A blocked signal is as good as ignored,
+        // and nix has that without `unsafe`.
+        let survived = [Signal::SIGHUP, Signal::SIGXFSZ, Signal::SIGTTOU];
+        SigSet::from_iter(survived).thread_block()?;
         main(args)
     })
 }
@@ -82,11 +87,18 @@ pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> Exit
 /// Wrong arguments end the process here, with exit code 2 and a usage line.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     let args = A::parse();
-    start_log();
+    let log = match LogWriter::new() {
+        Ok(log) => Arc::new(log),
+        Err(err) => {
+            let _ = writeln!(io::stderr(), "error: cannot open the log: {err}");
+            return ExitCode::FAILURE;
+        }
+    };
+    start_log(Arc::clone(&log));
     match main(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
-            LogWriter.put(format!("error: {err:#}\n").as_bytes());
+            log.put(format!("error: {err:#}\n").as_bytes());
             ExitCode::FAILURE
         }
     }
@@ -94,7 +106,7 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
 
 /// Logs to stderr at the levels that RUST_LOG names (`trace`, or `info,reactor_v03=trace`), else at
 /// info.
-fn start_log() {
+fn start_log(log: Arc<LogWriter>) {
     let spec = std::env::var("RUST_LOG").ok().filter(|spec| !spec.is_empty());
     let parsed = spec.as_deref().map(str::parse::<Targets>).transpose();
     let default = Targets::new().with_default(LevelFilter::INFO);
@@ -104,7 +116,7 @@ fn start_log() {
     };
     let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(|| LogWriter)
+        .with_writer(log)
         .with_ansi(io::stderr().is_terminal() && !no_color)
         .with_timer(uptime())
         .with_target(false)
@@ -117,23 +129,36 @@ fn start_log() {
 
 /// stderr for the log. A server must outlive its log, so a line that cannot be written at once is
 /// lost.
-struct LogWriter;
+struct LogWriter(File);
 
 impl LogWriter {
+    fn new() -> io::Result<Self> {
+        let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
+        let kind = stderr.metadata()?.file_type();
+        if kind.is_fifo() || kind.is_char_device() {
+            // Opened once more, so that O_NONBLOCK is not forced upon all who have the same pipe or
+            // terminal: they share stderr with this process, but not this.
+            let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            let own =
+                File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2");
+            return Ok(Self(own.unwrap_or(stderr)));
+        }
+        Ok(Self(stderr))
+    }
+
     fn put(&self, line: &[u8]) {
-        let stderr = io::stderr();
         for part in line.chunks(PIPE_BUF) {
-            // To write to a full pipe, or a stopped terminal, would block the server: ask first.
-            let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+            // What is not opened once more, a socket for one, may still block: ask first.
+            let mut room = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
             if poll(&mut room, PollTimeout::ZERO) != Ok(1) {
                 return;
             }
-            let _ = nix::unistd::write(&stderr, part);
+            let _ = nix::unistd::write(&self.0, part);
         }
     }
 }
 
-impl Write for LogWriter {
+impl Write for &LogWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.put(line);
         Ok(line.len())

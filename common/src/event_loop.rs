@@ -291,11 +291,9 @@ impl<S> EventLoop<S> {
         self.running = false;
     }
 
-    /// [`stop`](Self::stop) as a callback.
-    ///
-    /// # Errors
-    /// None.
+    /// [`stop`](Self::stop) as a callback. It never fails.
     pub fn stop_callback(&mut self, _: &mut S, _: Token) -> io::Result<()> {
+        trace!("stop_callback");
         self.stop();
         Ok(())
     }

@@ -42,16 +42,18 @@ pub enum Accepted {
 }
 
 impl Listener {
-    /// Listens on the first of `addrs` that can be had and says so at info level, blocking at
-    /// first.
+    /// Listens on the first of `addrs` that this machine has, and says so at info level. The
+    /// socket is a blocking one.
     ///
     /// # Errors
-    /// That of the last address, EADDRINUSE or EADDRNOTAVAIL as a rule.
+    /// EADDRINUSE; EADDRNOTAVAIL for the last address; what else socket(2), bind(2) and listen(2)
+    /// say.
     pub fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
-        let mut result = Err(io::ErrorKind::InvalidInput.into());
+        let mut result = Err(Errno::EINVAL);
         for addr in addrs {
             result = listen_on(*addr);
-            if result.is_ok() {
+            // Who finds its port in use wants to know, and not to listen elsewhere.
+            if !matches!(result, Err(Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)) {
                 break;
             }
         }
@@ -100,6 +102,7 @@ impl Listener {
                     self.shortage_is_over();
                     return (stream, peer);
                 }
+                // A blocking listener never finds nobody.
                 Accepted::Nobody | Accepted::Shortage => thread::sleep(ACCEPT_PAUSE),
             }
         }
@@ -135,7 +138,7 @@ impl AsRawFd for Listener {
     }
 }
 
-fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
+fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
     let fd = tcp_socket(addr, SockFlag::empty())?;
     // Without it the port could not be bound again while connections of an earlier server are in
     // TIME_WAIT.
@@ -215,13 +218,12 @@ pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()
     }
 }
 
-/// Lets this process open as many fds as the administrator allows it (since v03).
+/// Raises the soft limit on open fds to the hard one (since v03).
 ///
-/// Shells hand out a soft limit of 1,024 as a rule, for the sake of old programs that use
-/// select(2).
+/// Most shells hand out a soft limit of 1,024, for the sake of old programs that use select(2).
 pub fn raise_fd_limit() {
     let result = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        debug!("at most {hard} fds, {soft} as a rule");
+        debug!("raising the limit on fds from {soft} to {hard}");
         setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
     });
     if let Err(errno) = result {

@@ -24,8 +24,8 @@ const MAX_READ: usize = SIZE_CLASSES[2];
 pub struct InputBuf {
     block: Option<IoBuf>,
     pool: BufPool,
-    /// How much room the next read into an empty buffer is given: a size class that follows what
-    /// the reads before it brought, as Netty's AdaptiveRecvByteBufAllocator does.
+    /// How large the block for the next read should be: a size class that follows what the reads
+    /// before it brought, as Netty's AdaptiveRecvByteBufAllocator does.
     next_read: usize,
 }
 
@@ -47,9 +47,13 @@ impl InputBuf {
         let room = match &self.block {
             None => self.next_read,
             // Half of what is not data, lest data at the end of a block make many small reads.
-            Some(block) => ((block.capacity() - block.len()) / 2).max(1),
+            Some(block) => ((block.capacity().max(self.next_read) - block.len()) / 2).max(1),
         };
-        let block = with_room(&mut self.block, room, &self.pool)?;
+        let block = match with_room(&mut self.block, room, &self.pool) {
+            Ok(block) => block,
+            // Under the cap there may still be room for less.
+            Err(_) => with_room(&mut self.block, 1, &self.pool)?,
+        };
         let room = block.room();
         let result = retry_interrupted(|| unistd::read(&fd, block.room_mut()));
         if let Ok(Some(n)) = result {

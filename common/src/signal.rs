@@ -30,8 +30,8 @@ impl StopSignals {
         Ok(Self { held_back, fd, token })
     }
 
-    /// Takes the signals that have come and gives the next one its default effect back: who presses
-    /// Ctrl-C a second time does not want to wait.
+    /// Takes the signals that have come and gives the next one its default effect back: whoever
+    /// presses Ctrl-C a second time does not want to wait.
     ///
     /// # Errors
     /// What epoll_ctl(2) and read(2) say.

@@ -10,7 +10,7 @@ use common::net::Listener;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use tracing::{debug, info};
 
-/// The most that all buffers together may take, in bytes.
+/// The most that all buffers together may take, in bytes. A connection that needs one more is ended.
 const POOL_CAP: usize = 1 << 30;
 
 /// One listening socket, one thread, one client at a time.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::ControlFlow;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -15,15 +15,17 @@ use common::net::{self, Accepted, Listener};
 use common::reactor_buf::{InputBuf, OutputBuf};
 use tracing::{debug, info, trace, warn};
 
-/// The most that all buffers together may take, in bytes.
+/// The most that all buffers together may take, in bytes. A connection that needs one more is ended.
 const POOL_CAP: usize = 1 << 30;
 
 /// How many clients one event accepts at the most, so that a burst of them leaves those who are
 /// connected their turn.
 const ACCEPTS_PER_EVENT: usize = 64;
 
-/// How long the server goes on, once it is told to stop, to deliver what it has taken in.
+/// How long the server goes on, once it is told to stop, to deliver what it has taken in, and how
+/// many times it reads from each client to take in what has come.
 const GRACE: Duration = Duration::from_secs(1);
+const DRAIN_READS: usize = 16;
 
 /// One listening socket, one thread, all clients at once.
 pub struct TcpServer {
@@ -115,8 +117,11 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        let (cut_off, buffers) = (self.conns.len(), self.pool.stats());
-        let registered = event_loop.registered();
+        let cut_off = self.conns.values().filter(|conn| conn.has_pending()).count();
+        for (_, mut conn) in self.conns.drain() {
+            conn.clean_conn(event_loop)?;
+        }
+        let (registered, buffers) = (event_loop.registered(), self.pool.stats());
         info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
         Ok(())
     }
@@ -128,7 +133,7 @@ fn accept_callback(
     server: &mut TcpServer,
     _: Token,
 ) -> io::Result<()> {
-    trace!("accept_callback: fd {}", server.listener.as_raw_fd());
+    trace!("accept_callback");
     server.do_accept(event_loop)
 }
 
@@ -138,6 +143,7 @@ fn resume_callback(
     server: &mut TcpServer,
     token: Token,
 ) -> io::Result<()> {
+    trace!("resume_callback");
     if server.draining {
         return Ok(());
     }
@@ -150,6 +156,7 @@ fn server_rd_callback(
     server: &mut TcpServer,
     token: Token,
 ) -> io::Result<()> {
+    trace!("server_rd_callback");
     server.with_conn(event_loop, token, Conn::do_read)
 }
 
@@ -159,6 +166,7 @@ fn server_wt_callback(
     server: &mut TcpServer,
     token: Token,
 ) -> io::Result<()> {
+    trace!("server_wt_callback");
     server.with_conn(event_loop, token, Conn::do_write)
 }
 
@@ -188,39 +196,49 @@ impl Conn {
     }
 
     fn do_read(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
-        trace!("server_rd_callback: fd {}", self.stream.as_raw_fd());
         // At the end of the stream nothing is left to write, or this would not have been read.
         if self.input.read_from(&self.stream)? == Some(0) {
             return Ok(ControlFlow::Break(()));
         }
-        if let Some(block) = self.input.take() {
+        if let Some(block) = self.input.take().filter(|_| !self.draining) {
             self.output.send_block(block)?;
-            // A socket has room as a rule: the next epoll_wait will return at once.
+            // A socket nearly always has room: the next epoll_wait will return at once.
             event_loop.set_interest(&self.stream, self.token, Interest::WRITE)?;
         }
         Ok(ControlFlow::Continue(()))
     }
 
     fn do_write(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
-        trace!("server_wt_callback: fd {}", self.stream.as_raw_fd());
         self.output.write_to(&self.stream)?;
         if self.output.is_empty() {
             if self.draining {
-                return Ok(ControlFlow::Break(()));
+                self.stream.shutdown(Shutdown::Write)?;
             }
             event_loop.set_interest(&self.stream, self.token, Interest::READ)?;
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    /// The server stops: one last read, and no other turn unless there is something to write.
+    /// The server stops. What has come still goes back, as far as [`DRAIN_READS`] bring it; then
+    /// the client is told (FIN), and what it still sends is thrown away until it closes too. To
+    /// close before that would reset the connection, and take away what is on its way.
     fn do_drain(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
         self.draining = true;
-        if self.output.is_empty() && self.do_read(event_loop)?.is_break() {
+        for _ in 0..DRAIN_READS {
+            let Some(1..) = self.input.read_from(&self.stream)? else { break };
+            if let Some(block) = self.input.take() {
+                self.output.send_block(block)?;
+            }
+        }
+        if self.output.is_empty() {
             return Ok(ControlFlow::Break(()));
         }
-        let idle = self.output.is_empty();
-        Ok(if idle { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        event_loop.set_interest(&self.stream, self.token, Interest::WRITE)?;
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn has_pending(&self) -> bool {
+        !self.output.is_empty()
     }
 
     fn clean_conn(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<()> {

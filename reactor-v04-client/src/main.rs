@@ -14,7 +14,7 @@ use common::event_loop::EventLoop;
 use crate::tcp_client::TcpClient;
 
 /// Chapter 4, the other end: sends messages to reactor-v04 and prints the replies.
-/// Try it: reactor-v04-client 'hello lars!', or without a message, and then type lines
+/// Try it: cargo run -p reactor-v04-client -- 'hello lars!', or without a message, and type lines
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {
@@ -31,7 +31,7 @@ struct Args {
     timeout: Duration,
 
     /// How often to connect again after a failure, at first after 0.1 s and then after twice the
-    /// time of the try before; messages without a reply are sent again
+    /// pause before, up to a minute; messages without a reply are sent again
     #[arg(long, value_name = "N", default_value_t = 0)]
     retry: u32,
 

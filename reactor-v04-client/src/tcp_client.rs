@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, BufWriter, IsTerminal, Stdout, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::time::{Duration, Instant};
 
@@ -26,8 +25,10 @@ const POOL_CAP: usize = 16 << 20;
 /// With so many bytes of messages sent and not answered yet, no more are sent.
 const WINDOW: usize = 1 << 20;
 
-/// The pause before the first reconnection, and the longest one.
+/// The pause before the first reconnection.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// The longest pause before a reconnection.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sends messages, one after the other and without waiting for each reply, and prints the replies.
@@ -184,7 +185,6 @@ impl TcpClient {
     /// Prints the replies that have come, and sends more now that fewer are owed.
     fn do_read(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         let Some(conn) = &mut self.conn else { return Ok(()) };
-        trace!("conn_rd_callback: fd {}", conn.stream.as_raw_fd());
         let what = match conn.input.read_from(&conn.stream) {
             Ok(None) => return Ok(()),
             Ok(Some(0)) if conn.write_error.is_none() && !conn.input.is_empty() => {
@@ -229,7 +229,6 @@ impl TcpClient {
     /// Sends what may be sent, and settles what the client waits for next.
     fn do_write(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         let Some(conn) = self.conn.as_mut().filter(|conn| conn.connected) else { return Ok(()) };
-        trace!("conn_wt_callback: fd {}", conn.stream.as_raw_fd());
         if self.unanswered.is_empty() {
             self.heard = Instant::now();
         }
@@ -400,6 +399,7 @@ fn connect_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("connect_callback");
     client.do_connect(event_loop).map_err(io::Error::other)
 }
 
@@ -408,6 +408,7 @@ fn connected_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("connected_callback");
     client.do_connected(event_loop).map_err(io::Error::other)
 }
 
@@ -416,6 +417,7 @@ fn conn_rd_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("conn_rd_callback");
     client.do_read(event_loop).map_err(io::Error::other)
 }
 
@@ -424,6 +426,7 @@ fn conn_wt_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("conn_wt_callback");
     client.do_write(event_loop).map_err(io::Error::other)
 }
 
@@ -432,6 +435,7 @@ fn stdin_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("stdin_callback");
     client.do_stdin(event_loop).map_err(io::Error::other)
 }
 
@@ -440,6 +444,7 @@ fn stdin_timer_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("stdin_timer_callback");
     client.stdin = StdinWatch::Off;
     client.do_stdin(event_loop).map_err(io::Error::other)
 }
@@ -449,5 +454,6 @@ fn silence_callback(
     client: &mut TcpClient,
     _: Token,
 ) -> io::Result<()> {
+    trace!("silence_callback");
     client.do_silence(event_loop).map_err(io::Error::other)
 }

@@ -16,7 +16,7 @@ use tracing::{debug, info, trace, warn};
 
 use crate::tcp_conn::TcpConn;
 
-/// The most that all buffers together may take, in bytes.
+/// The most that all buffers together may take, in bytes. A connection that needs one more is ended.
 const POOL_CAP: usize = 1 << 30;
 
 /// How many clients one event accepts at the most, so that a burst of them leaves those who are
@@ -116,8 +116,11 @@ impl TcpServer {
             event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
             event_loop.event_process(self)?;
         }
-        let (cut_off, buffers) = (self.conns.len(), self.pool.stats());
-        let registered = event_loop.registered();
+        let cut_off = self.conns.values().filter(|conn| conn.has_pending()).count();
+        for (_, mut conn) in self.conns.drain() {
+            conn.clean_conn(event_loop)?;
+        }
+        let (registered, buffers) = (event_loop.registered(), self.pool.stats());
         info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
         Ok(())
     }
@@ -129,7 +132,7 @@ fn accept_callback(
     server: &mut TcpServer,
     _: Token,
 ) -> io::Result<()> {
-    trace!("accept_callback: fd {}", server.listener.as_raw_fd());
+    trace!("accept_callback");
     server.do_accept(event_loop)
 }
 
@@ -139,6 +142,7 @@ fn resume_callback(
     server: &mut TcpServer,
     token: Token,
 ) -> io::Result<()> {
+    trace!("resume_callback");
     if server.draining {
         return Ok(());
     }

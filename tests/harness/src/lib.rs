@@ -77,6 +77,13 @@ impl Process {
                 return line.to_owned();
             }
             assert!(start.elapsed() < LIMIT, "no {text:?} in the log:\n{log}");
+            if self.has_ended() {
+                // What it wrote last may still be on its way here.
+                thread::sleep(QUIET);
+                let log = self.log();
+                let line = log.lines().find(|line| line.contains(text));
+                return line.unwrap_or_else(|| panic!("ended with {log:?}")).to_owned();
+            }
             thread::sleep(Duration::from_millis(2));
         }
     }
@@ -100,6 +107,12 @@ impl Process {
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Whether it has ended, asked without taking its exit code.
+    fn has_ended(&self) -> bool {
+        let stat = fs::read_to_string(self.proc("stat")).unwrap_or_default();
+        stat.is_empty() || stat.contains(") Z ")
     }
 
     /// Waits until it has ended.
@@ -201,6 +214,7 @@ impl Server {
     /// Starts a server by `command` and waits until it says where it listens.
     #[track_caller]
     pub fn from(command: &mut Command) -> Self {
+        raise_fd_limit();
         let process = Process::start(command);
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
@@ -283,12 +297,14 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
 #[track_caller]
 pub fn assert_silent(mut stream: &TcpStream) {
     stream.set_read_timeout(Some(QUIET)).unwrap();
-    let result = stream.read(&mut [0]);
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    match result {
-        Err(err) if err.kind() == io::ErrorKind::WouldBlock => {}
-        other => panic!("expected silence, got {other:?}"),
+    loop {
+        match stream.read(&mut [0]) {
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
+            other => panic!("expected silence, got {other:?}"),
+        }
     }
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
 }
 
 /// Sends `bytes` and expects them back.
@@ -380,10 +396,11 @@ pub fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
     [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
 }
 
-/// Lets this process open as many fds as it may.
-pub fn raise_fd_limit() {
+/// Lets this process open as many fds as it may, and returns how many that is.
+pub fn raise_fd_limit() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    hard.try_into().unwrap_or(usize::MAX)
 }
 
 /// Runs `exe` with `args` and nothing on standard input to its end.
