@@ -22,9 +22,10 @@ const POOL_CAP: usize = 1 << 30;
 /// connected their turn.
 const ACCEPTS_PER_EVENT: usize = 64;
 
-/// How long the server goes on, once it is told to stop, to deliver what it has taken in, and how
-/// many times it reads from each client to take in what has come.
+/// How long the server goes on, once it is told to stop, to deliver what it has taken in.
 const GRACE: Duration = Duration::from_secs(1);
+
+/// How many times a server that stops reads from each client to take in what has come.
 const DRAIN_READS: usize = 16;
 
 /// One listening socket, one thread, all clients at once.
@@ -48,7 +49,19 @@ impl TcpServer {
         let pool = BufPool::new(POOL_CAP);
         Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
     }
+}
 
+/// Step 2: somebody connects, and the listening socket has become readable.
+fn accept_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    _: Token,
+) -> io::Result<()> {
+    trace!("accept_callback");
+    server.do_accept(event_loop)
+}
+
+impl TcpServer {
     /// Takes in those who wait.
     fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
@@ -103,51 +116,6 @@ impl TcpServer {
         }
         Ok(())
     }
-
-    /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
-    pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        event_loop.del_io_event(&self.listener, self.token)?;
-        self.listener.stop()?;
-        self.draining = true;
-        let tokens: Vec<Token> = self.conns.keys().copied().collect();
-        for token in tokens {
-            self.with_conn(event_loop, token, Conn::do_drain)?;
-        }
-        if !self.conns.is_empty() {
-            event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
-            event_loop.event_process(self)?;
-        }
-        let cut_off = self.conns.values().filter(|conn| conn.has_pending()).count();
-        for (_, mut conn) in self.conns.drain() {
-            conn.clean_conn(event_loop)?;
-        }
-        let (registered, buffers) = (event_loop.registered(), self.pool.stats());
-        info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
-        Ok(())
-    }
-}
-
-/// Step 2: somebody connects, and the listening socket has become readable.
-fn accept_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    _: Token,
-) -> io::Result<()> {
-    trace!("accept_callback");
-    server.do_accept(event_loop)
-}
-
-/// The pause after a shortage is over.
-fn resume_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    trace!("resume_callback");
-    if server.draining {
-        return Ok(());
-    }
-    event_loop.set_interest(&server.listener, token, Interest::READ)
 }
 
 /// Step 4: bytes have come. They are read, and reading is swapped for writing.
@@ -168,6 +136,19 @@ fn server_wt_callback(
 ) -> io::Result<()> {
     trace!("server_wt_callback");
     server.with_conn(event_loop, token, Conn::do_write)
+}
+
+/// The pause after a shortage is over.
+fn resume_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    trace!("resume_callback");
+    if server.draining {
+        return Ok(());
+    }
+    event_loop.set_interest(&server.listener, token, Interest::READ)
 }
 
 /// One client: its socket, and its own bytes on their way in and back out.
@@ -243,5 +224,29 @@ impl Conn {
 
     fn clean_conn(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<()> {
         event_loop.del_io_event(&self.stream, self.token)
+    }
+}
+
+impl TcpServer {
+    /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
+    pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
+        event_loop.del_io_event(&self.listener, self.token)?;
+        self.listener.stop()?;
+        self.draining = true;
+        let tokens: Vec<Token> = self.conns.keys().copied().collect();
+        for token in tokens {
+            self.with_conn(event_loop, token, Conn::do_drain)?;
+        }
+        if !self.conns.is_empty() {
+            event_loop.run_after(GRACE, self.token, EventLoop::stop_callback)?;
+            event_loop.event_process(self)?;
+        }
+        let cut_off = self.conns.values().filter(|conn| conn.has_pending()).count();
+        for (_, mut conn) in self.conns.drain() {
+            conn.clean_conn(event_loop)?;
+        }
+        let (registered, buffers) = (event_loop.registered(), self.pool.stats());
+        info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
+        Ok(())
     }
 }

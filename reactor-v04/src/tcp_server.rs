@@ -47,7 +47,19 @@ impl TcpServer {
         let pool = BufPool::new(POOL_CAP);
         Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
     }
+}
 
+/// Step 2: somebody connects, and the listening socket has become readable.
+fn accept_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    _: Token,
+) -> io::Result<()> {
+    trace!("accept_callback");
+    server.do_accept(event_loop)
+}
+
+impl TcpServer {
     /// Takes in those who wait.
     fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
@@ -102,7 +114,22 @@ impl TcpServer {
         }
         Ok(())
     }
+}
 
+/// The pause after a shortage is over.
+fn resume_callback(
+    event_loop: &mut EventLoop<TcpServer>,
+    server: &mut TcpServer,
+    token: Token,
+) -> io::Result<()> {
+    trace!("resume_callback");
+    if server.draining {
+        return Ok(());
+    }
+    event_loop.set_interest(&server.listener, token, Interest::READ)
+}
+
+impl TcpServer {
     /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
     pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         event_loop.del_io_event(&self.listener, self.token)?;
@@ -124,27 +151,4 @@ impl TcpServer {
         info!("stopped; cut off: {cut_off}; still registered: {registered}; buffers: {buffers}");
         Ok(())
     }
-}
-
-/// Step 2: somebody connects, and the listening socket has become readable.
-fn accept_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    _: Token,
-) -> io::Result<()> {
-    trace!("accept_callback");
-    server.do_accept(event_loop)
-}
-
-/// The pause after a shortage is over.
-fn resume_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    trace!("resume_callback");
-    if server.draining {
-        return Ok(());
-    }
-    event_loop.set_interest(&server.listener, token, Interest::READ)
 }
