@@ -108,33 +108,49 @@ pub fn survives_its_terminal(exe: &str, works: Works) {
     works(&server.connect());
 }
 
-/// Its log goes to a full disk, to a pipe whose reader is gone, to one that nobody reads.
+/// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, to a
+/// pipe and to a terminal that nobody reads.
 pub fn outlives_its_log(exe: &str, works: Works) {
-    let free_port = || Server::start(exe).addr();
-    let start = |stderr: Stdio| {
-        let addr = free_port();
-        let mut command = Command::new(exe);
-        command.args(["--addr", &addr.to_string()]).env("RUST_LOG", "trace");
+    let start = |limit: &str, stderr: Stdio| {
+        let addr = Server::start(exe).addr();
+        let script = format!("ulimit {limit}; exec \"$0\" --addr {addr}");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, exe]).env("RUST_LOG", "trace");
         let child = KillOnDrop(command.stderr(stderr).spawn().unwrap());
         wait_until("it listens", || TcpStream::connect(addr).is_ok());
         (child, addr)
     };
+    let unlimited = "-Sn 100";
 
-    let (_full_disk, addr) = start(File::options().write(true).open("/dev/full").unwrap().into());
+    let full_disk = File::options().write(true).open("/dev/full").unwrap();
+    let (_full_disk, addr) = start(unlimited, full_disk.into());
     works(&connect(addr));
 
-    let (mut gone, addr) = start(Stdio::piped());
+    let path = std::env::temp_dir().join(format!("{}-{}.log", name(exe), std::process::id()));
+    let (_full_file, addr) = start("-f 1", File::create(&path).unwrap().into());
+    std::fs::remove_file(path).unwrap();
+    for _ in 0..50 {
+        works(&connect(addr));
+    }
+
+    let (mut gone, addr) = start(unlimited, Stdio::piped());
     drop(gone.0.stderr.take());
     works(&connect(addr));
 
-    let (mut unread, addr) = start(Stdio::piped());
-    // A pipe holds 64 KiB, one connection logs some 100 bytes at the least.
+    // A pipe holds 64 KiB, and so does a terminal; one connection logs some 100 bytes at the least.
+    let (mut unread, addr) = start(unlimited, Stdio::piped());
     for _ in 0..1500 {
         works(&connect(addr));
     }
     let mut log = vec![0; 1 << 20];
     let n = unread.0.stderr.take().unwrap().read(&mut log).unwrap();
     assert!(n > 32 << 10, "the pipe was not full: {n} bytes");
+
+    let terminal = nix::pty::openpty(None, None).unwrap();
+    let (_unread, addr) = start(unlimited, terminal.slave.into());
+    for _ in 0..1500 {
+        works(&connect(addr));
+    }
 }
 
 struct KillOnDrop(std::process::Child);
