@@ -139,6 +139,23 @@ fn what_came_in_one_segment_with_a_bad_length_is_answered() {
     assert_eq!(read_to_end(&client), good);
 }
 
+/// The kernel has taken all the replies at once, the client has not: the server must not give up on
+/// it because it sends something now and then.
+#[test]
+fn a_refused_client_that_reads_late_and_still_sends_gets_everything() {
+    let server = Server::start(EXE);
+    let client = server.connect();
+    harness::narrow(&client);
+    let good = frame(1, &pattern(1000, 1)).repeat(400);
+    write(&client, &[&good[..], &bad_frame(-1)].concat());
+    let begin = std::time::Instant::now();
+    while begin.elapsed() < std::time::Duration::from_secs(7) {
+        write(&client, b"still there");
+        std::thread::sleep(harness::QUIET);
+    }
+    assert!(read_to_end(&client) == good);
+}
+
 #[test]
 fn a_refused_client_that_keeps_sending_is_cut_off() {
     let server = Server::start(EXE);
