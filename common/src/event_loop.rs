@@ -85,7 +85,7 @@ impl Token {
     }
 }
 
-/// The loop's own timer fd has no slot.
+/// The loop's own timer fd has no slot: it goes by the token that names no registration.
 const TIMER: Token = Token { slot: 0, generation: 0 };
 
 /// Names one timer, for [`EventLoop::cancel_timer`] (since v03). In the order in which they are

@@ -63,8 +63,8 @@ fn callback_busi(conn: &mut TcpConn, payload: &[u8], id: i32) -> anyhow::Result<
 /// One client: its socket, what came in and is no whole message yet, what has to go out still.
 pub struct TcpConn {
     stream: TcpStream,
-    peer: SocketAddr,
-    token: Token,
+    pub peer: SocketAddr,
+    pub token: Token,
     input: InputBuf,
     output: OutputBuf,
     phase: Phase,
@@ -103,14 +103,6 @@ impl TcpConn {
         let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
         let phase = Phase::Open;
         Ok(Self { stream, peer, token, input, output, phase, full: false, deadline: None })
-    }
-
-    pub fn peer(&self) -> SocketAddr {
-        self.peer
-    }
-
-    pub fn token(&self) -> Token {
-        self.token
     }
 
     fn do_read(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {

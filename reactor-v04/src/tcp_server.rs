@@ -90,7 +90,7 @@ impl TcpServer {
         peer: SocketAddr,
     ) -> io::Result<()> {
         let conn = TcpConn::new(event_loop, stream, peer, &self.pool)?;
-        self.conns.insert(conn.token(), conn);
+        self.conns.insert(conn.token, conn);
         Ok(())
     }
 
@@ -104,8 +104,8 @@ impl TcpServer {
         let Some(conn) = self.conns.get_mut(&token) else { return Ok(()) };
         match turn(conn, event_loop) {
             Ok(ControlFlow::Continue(())) => return Ok(()),
-            Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer()),
-            Err(err) => info!("{}: dropped: {err}", conn.peer()),
+            Ok(ControlFlow::Break(())) => debug!("{}: closed", conn.peer),
+            Err(err) => info!("{}: dropped: {err}", conn.peer),
         }
         conn.clean_conn(event_loop)?;
         self.conns.remove(&token);
