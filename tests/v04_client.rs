@@ -188,6 +188,33 @@ fn the_lines_before_one_that_is_too_long_are_answered() {
     assert_fails(&output, "id=1 len=3 one\n", reason);
 }
 
+/// The line feed after the longest line comes by itself.
+#[test]
+fn a_line_of_the_greatest_length_may_come_in_pieces() {
+    let (addr, _server) = serve(vec![echo]);
+    let (stdin, mut keyboard) = pipe();
+    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::piped()));
+    keyboard.write_all(&[b'x'; MAX_PAYLOAD]).unwrap();
+    thread::sleep(harness::QUIET);
+    keyboard.write_all(b"\n").unwrap();
+    drop(keyboard);
+    let mut stdout = String::new();
+    process.child().stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    assert_eq!(stdout, format!("id=1 len=65527 {}\n", "x".repeat(MAX_PAYLOAD)));
+    assert_eq!(process.wait().code(), Some(0));
+}
+
+#[test]
+fn a_line_without_end_is_refused_before_it_fills_the_memory() {
+    let (addr, _server) = serve(vec![echo]);
+    let (stdin, mut keyboard) = pipe();
+    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::null()));
+    // Ended by the client, which closes the pipe, and not by its end.
+    while keyboard.write_all(&[b'x'; 4096]).is_ok() {}
+    process.wait_for_log("error: line 1 of standard input is over the limit of 65527 bytes");
+    assert_eq!(process.wait().code(), Some(1));
+}
+
 #[test]
 fn an_absent_server_is_one_clear_line() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -420,8 +447,16 @@ fn says_what_it_is_and_what_it_does_not_understand() {
     let help = run_command(Command::new(EXE).arg("--help"));
     let help = String::from_utf8(help.stdout).unwrap();
     assert!(help.starts_with("Chapter 4, the other end") && help.contains("\nTry it: "), "{help}");
-    for args in [["--timeout", "0"], ["--timeout", "-1"], ["--retry", "x"], ["--addr", "nonsense"]]
-    {
+    let (addr, _server) = serve(vec![echo]);
+    let day = run_command(&mut client(addr, &["--timeout", "86400", "x"]));
+    assert_prints(&day, "id=1 len=1 x\n");
+    for args in [
+        ["--timeout", "86401"],
+        ["--timeout", "0"],
+        ["--timeout", "-1"],
+        ["--retry", "x"],
+        ["--addr", "nonsense"],
+    ] {
         assert_eq!(run_command(Command::new(EXE).args(args)).status.code(), Some(2), "{args:?}");
     }
 }
