@@ -1,0 +1,105 @@
+//! An echo on mio: edge-triggered, a buffer for what a socket did not take.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+
+use mio::net::{TcpListener, TcpStream};
+use mio::{Events, Interest, Poll, Token};
+
+const LISTENER: Token = Token(0);
+
+struct Conn {
+    stream: TcpStream,
+    /// Not written yet.
+    pending: Vec<u8>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let listener = bench::listener()?;
+    listener.set_nonblocking(true)?;
+    let mut listener = TcpListener::from_std(listener);
+    let mut poll = Poll::new()?;
+    poll.registry().register(&mut listener, LISTENER, Interest::READABLE)?;
+    let mut events = Events::with_capacity(1024);
+    let mut conns: HashMap<Token, Conn> = HashMap::new();
+    let mut next = 1;
+    let mut buf = vec![0; 64 * 1024];
+    loop {
+        poll.poll(&mut events, None)?;
+        for event in &events {
+            if event.token() == LISTENER {
+                accept(&listener, &poll, &mut conns, &mut next)?;
+                continue;
+            }
+            let Some(conn) = conns.get_mut(&event.token()) else { continue };
+            if !conn.serve(&mut buf) {
+                if let Some(mut conn) = conns.remove(&event.token()) {
+                    poll.registry().deregister(&mut conn.stream)?;
+                }
+            }
+        }
+    }
+}
+
+fn accept(
+    listener: &TcpListener,
+    poll: &Poll,
+    conns: &mut HashMap<Token, Conn>,
+    next: &mut usize,
+) -> anyhow::Result<()> {
+    loop {
+        let mut stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(err) if err.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            Err(err) => return Err(err.into()),
+        };
+        stream.set_nodelay(true)?;
+        let token = Token(*next);
+        *next += 1;
+        let both = Interest::READABLE | Interest::WRITABLE;
+        poll.registry().register(&mut stream, token, both)?;
+        conns.insert(token, Conn { stream, pending: Vec::new() });
+    }
+}
+
+impl Conn {
+    /// Reads and writes until neither goes any further, and returns whether there will be more.
+    fn serve(&mut self, buf: &mut [u8]) -> bool {
+        loop {
+            match self.flush() {
+                Ok(true) => {}
+                Ok(false) => return true,
+                Err(_) => return false,
+            }
+            let n = match self.stream.read(buf) {
+                Ok(0) => return false,
+                Ok(n) => n,
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(_) => return false,
+            };
+            let written = match self.stream.write(&buf[..n]) {
+                Ok(written) => written,
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => 0,
+                Err(_) => return false,
+            };
+            self.pending.extend_from_slice(&buf[written..n]);
+            // A read that did not fill the buffer has emptied the socket: mio's documentation of
+            // epoll allows to stop here, which saves a system call.
+            if n < buf.len() && self.pending.is_empty() {
+                return true;
+            }
+        }
+    }
+
+    /// Whether nothing is pending any more.
+    fn flush(&mut self) -> io::Result<bool> {
+        while !self.pending.is_empty() {
+            match self.stream.write(&self.pending) {
+                Ok(n) => drop(self.pending.drain(..n)),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(err) => return Err(err),
+            }
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,43 @@
+//! An echo of chapter 4's messages on tokio, by the codec of tokio-util.
+
+use bytes::BytesMut;
+use futures_util::{FutureExt, SinkExt, StreamExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::codec::{BytesCodec, FramedRead, FramedWrite, LengthDelimitedCodec};
+
+fn main() -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_io().build()?.block_on(async {
+        let listener = bench::listener()?;
+        listener.set_nonblocking(true)?;
+        let listener = TcpListener::from_std(listener)?;
+        loop {
+            let (stream, _) = listener.accept().await?;
+            tokio::spawn(serve(stream));
+        }
+    })
+}
+
+async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
+    stream.set_nodelay(true)?;
+    let codec = LengthDelimitedCodec::builder()
+        .little_endian()
+        .length_field_offset(4)
+        .length_field_length(4)
+        .length_adjustment(8)
+        .num_skip(0)
+        .max_frame_length(65_535)
+        .new_codec();
+    let (reader, writer) = stream.split();
+    let mut messages = FramedRead::new(reader, codec);
+    // The frames keep their headers, so that they can go back as they are.
+    let mut replies: FramedWrite<_, BytesCodec> = FramedWrite::new(writer, BytesCodec::new());
+    while let Some(message) = messages.next().await {
+        replies.feed(message?).await?;
+        // All that is there already goes back in the same write.
+        while let Some(Some(message)) = messages.next().now_or_never() {
+            replies.feed(message?).await?;
+        }
+        SinkExt::<BytesMut>::flush(&mut replies).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,264 @@
+//! A closed-loop load: each connection has so many requests under way, and sends the next one when
+//! a reply is there. Runs on the course's own event loop, and verifies every byte.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
+use common::message;
+use hdrhistogram::Histogram;
+
+use crate::target::Target;
+
+/// How many different requests a connection sends, in turn, so that a mix-up shows.
+const VARIETY: usize = 8;
+
+/// What is under way at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cell {
+    /// How many connections.
+    pub connections: usize,
+    /// How many requests each of them has under way.
+    pub pipeline: usize,
+    /// The size of a request and of its reply, in bytes, with its header if it has one.
+    pub bytes: usize,
+}
+
+impl fmt::Display for Cell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}x{}", self.connections, self.pipeline, self.bytes)
+    }
+}
+
+impl FromStr for Cell {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let numbers: Option<Vec<usize>> =
+            text.split('x').map(|n| n.parse().ok().filter(|&n| n > 0)).collect();
+        match numbers.as_deref() {
+            // A message has a header of 8 bytes.
+            Some(&[connections, pipeline, bytes]) if (8..=65_535).contains(&bytes) => {
+                Ok(Self { connections, pipeline, bytes })
+            }
+            _ => Err("expected CONNECTIONSxPIPELINExBYTES, with 8 to 65535 bytes".to_owned()),
+        }
+    }
+}
+
+/// What came out.
+pub struct Figures {
+    /// Replies per second.
+    pub rate: f64,
+    /// From sending a request to having its reply, in nanoseconds.
+    pub latency: Histogram<u64>,
+    /// The server's processor time per request, in nanoseconds.
+    pub cpu: f64,
+}
+
+struct Load {
+    conns: HashMap<Token, Conn>,
+    cell: Cell,
+    scratch: Vec<u8>,
+    latency: Histogram<u64>,
+    replies: u64,
+    failure: Option<anyhow::Error>,
+}
+
+struct Conn {
+    stream: TcpStream,
+    /// `VARIETY` requests, one behind the other. What is sent is this for ever, and so is what
+    /// comes back.
+    requests: Vec<u8>,
+    sent: u64,
+    received: u64,
+    /// How far it may send: `pipeline` requests beyond what has come back whole.
+    allowed: u64,
+    /// When each request under way was sent.
+    times: VecDeque<Instant>,
+}
+
+/// Loads `target` for `warm_up` and then, measured, for `duration`.
+///
+/// # Errors
+/// A connection fails, or a byte that comes back is not the one that was sent.
+pub fn run(
+    target: &Target,
+    cell: Cell,
+    warm_up: Duration,
+    duration: Duration,
+) -> anyhow::Result<Figures> {
+    let mut event_loop = EventLoop::new()?;
+    let mut load = Load {
+        conns: HashMap::new(),
+        cell,
+        scratch: vec![0; 256 * 1024],
+        latency: Histogram::new_with_bounds(1, 60_000_000_000, 3)?,
+        replies: 0,
+        failure: None,
+    };
+    for n in 0..cell.connections {
+        load.connect(&mut event_loop, target.addr, n)?;
+    }
+    load.run_for(&mut event_loop, warm_up)?;
+
+    load.latency.reset();
+    let (start, cpu, replies) = (Instant::now(), target.cpu()?, load.replies);
+    load.run_for(&mut event_loop, duration)?;
+    let (elapsed, cpu) = (start.elapsed(), target.cpu()? - cpu);
+    let replies = (load.replies - replies) as f64;
+    Ok(Figures {
+        rate: replies / elapsed.as_secs_f64(),
+        latency: load.latency,
+        cpu: cpu.as_nanos() as f64 / replies,
+    })
+}
+
+impl Load {
+    fn connect(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        addr: SocketAddr,
+        number: usize,
+    ) -> anyhow::Result<()> {
+        let stream = TcpStream::connect(addr).context("cannot connect to the server")?;
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        let callbacks = Callbacks { read: Some(read_callback), write: Some(write_callback) };
+        let interest = Interest { read: true, write: true };
+        let token = event_loop.add_io_event(&stream, interest, callbacks)?;
+        let conn = Conn {
+            stream,
+            requests: requests(self.cell.bytes, number)?,
+            sent: 0,
+            received: 0,
+            allowed: (self.cell.pipeline * self.cell.bytes) as u64,
+            times: VecDeque::new(),
+        };
+        self.conns.insert(token, conn);
+        Ok(())
+    }
+
+    fn run_for(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        duration: Duration,
+    ) -> anyhow::Result<()> {
+        event_loop.run_after(duration, Token::default(), EventLoop::stop_callback)?;
+        event_loop.event_process(self)?;
+        self.failure.take().map_or(Ok(()), Err)
+    }
+
+    fn fail(&mut self, event_loop: &mut EventLoop<Self>, err: anyhow::Error) {
+        self.failure.get_or_insert(err);
+        event_loop.stop();
+    }
+}
+
+/// Messages of chapter 4, which to the other servers are bytes like any others.
+fn requests(bytes: usize, number: usize) -> anyhow::Result<Vec<u8>> {
+    let mut requests = Vec::with_capacity(VARIETY * bytes);
+    for n in 0..VARIETY {
+        let id = i32::try_from(number * VARIETY + n)?;
+        let length = bytes - message::HEADER_LEN;
+        requests.extend(message::encode_header(id, length)?);
+        requests.extend((0..length).map(|i| (i ^ number ^ (n << 5)) as u8));
+    }
+    Ok(requests)
+}
+
+fn read_callback(
+    event_loop: &mut EventLoop<Load>,
+    load: &mut Load,
+    token: Token,
+) -> io::Result<()> {
+    let Load { conns, scratch, cell, latency, replies, .. } = load;
+    let Some(conn) = conns.get_mut(&token) else { return Ok(()) };
+    let result = conn.receive(scratch, cell.bytes, |nanos| {
+        *replies += 1;
+        latency.saturating_record(nanos);
+    });
+    let result = result.and_then(|()| conn.send(event_loop, token, cell.bytes));
+    if let Err(err) = result {
+        load.fail(event_loop, err);
+    }
+    Ok(())
+}
+
+fn write_callback(
+    event_loop: &mut EventLoop<Load>,
+    load: &mut Load,
+    token: Token,
+) -> io::Result<()> {
+    let bytes = load.cell.bytes;
+    let Some(conn) = load.conns.get_mut(&token) else { return Ok(()) };
+    if let Err(err) = conn.send(event_loop, token, bytes) {
+        load.fail(event_loop, err);
+    }
+    Ok(())
+}
+
+impl Conn {
+    fn receive(
+        &mut self,
+        scratch: &mut [u8],
+        bytes: usize,
+        mut done: impl FnMut(u64),
+    ) -> anyhow::Result<()> {
+        let n = match (&self.stream).read(scratch) {
+            Ok(0) => bail!("the server has closed a connection"),
+            Ok(n) => n,
+            Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(err) => return Err(err).context("reading a reply"),
+        };
+        let mut rest = &scratch[..n];
+        while !rest.is_empty() {
+            let expected = &self.requests[self.received as usize % self.requests.len()..];
+            let (part, next) = rest.split_at(rest.len().min(expected.len()));
+            if *part != expected[..part.len()] {
+                bail!("what came back is not what was sent, near byte {}", self.received);
+            }
+            self.received += part.len() as u64;
+            rest = next;
+        }
+        let whole = self.received / bytes as u64;
+        let now = Instant::now();
+        while self.times.len() as u64 > self.sent.div_ceil(bytes as u64) - whole {
+            if let Some(time) = self.times.pop_front() {
+                done((now - time).as_nanos() as u64);
+                self.allowed += bytes as u64;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(
+        &mut self,
+        event_loop: &mut EventLoop<Load>,
+        token: Token,
+        bytes: usize,
+    ) -> anyhow::Result<()> {
+        while self.sent < self.allowed {
+            let start = self.sent as usize % self.requests.len();
+            let end = self.requests.len().min(start + (self.allowed - self.sent) as usize);
+            let now = Instant::now();
+            let n = match (&self.stream).write(&self.requests[start..end]) {
+                Ok(n) => n,
+                Err(err) if err.kind() == ErrorKind::WouldBlock => break,
+                Err(err) => return Err(err).context("sending a request"),
+            };
+            let before = self.sent.div_ceil(bytes as u64);
+            self.sent += n as u64;
+            let begun = self.sent.div_ceil(bytes as u64) - before;
+            self.times.extend((0..begun).map(|_| now));
+        }
+        let write = self.sent < self.allowed;
+        event_loop.set_interest(&self.stream, token, Interest { read: true, write })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,107 @@
+//! A server under measurement: started, pinned, looked at through /proc.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use nix::sched::{CpuSet, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// A running server. Killed when dropped.
+pub struct Target {
+    child: Child,
+    /// Where it listens.
+    pub addr: SocketAddr,
+}
+
+impl Target {
+    /// Starts the server `exe`, waits until it listens and pins it to the processor `cpu`.
+    ///
+    /// # Errors
+    /// It cannot be started, or does not say where it listens.
+    pub fn start(exe: &Path, args: &[&str], cpu: usize) -> anyhow::Result<Self> {
+        let mut child = Command::new(exe)
+            .args(args)
+            .env_remove("RUST_LOG")
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", exe.display()))?;
+        let mut stderr = BufReader::new(child.stderr.take().context("stderr is a pipe")?);
+        let mut line = String::new();
+        stderr.read_line(&mut line)?;
+        let addr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok());
+        let Some(addr) = addr else {
+            let _ = child.kill();
+            anyhow::bail!("{} does not say where it listens: {line}", exe.display());
+        };
+        // What else it has to say must not fill the pipe.
+        thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
+        let target = Self { child, addr };
+        pin(target.pid()?, cpu)?;
+        Ok(target)
+    }
+
+    fn pid(&self) -> anyhow::Result<Pid> {
+        Ok(Pid::from_raw(self.child.id().try_into()?))
+    }
+
+    /// The processor time that all its threads have used.
+    ///
+    /// # Errors
+    /// It has ended, or the kernel keeps no schedstat.
+    pub fn cpu(&self) -> anyhow::Result<Duration> {
+        let mut nanos = 0;
+        for task in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let stat = fs::read_to_string(task?.path().join("schedstat"))?;
+            let field = stat.split(' ').next().context("an empty schedstat")?;
+            nanos += field.parse::<u64>()?;
+        }
+        Ok(Duration::from_nanos(nanos))
+    }
+
+    /// Its resident memory, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn memory(&self) -> anyhow::Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
+        let kib: u64 = line.split_whitespace().nth(1).context("no figure")?.parse()?;
+        Ok(kib * 1024)
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Binds a process, or this one if `pid` is 0, to one processor.
+///
+/// # Errors
+/// There is no such processor for it.
+pub fn pin(pid: Pid, cpu: usize) -> anyhow::Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    sched_setaffinity(pid, &set).with_context(|| format!("cannot use processor {cpu}"))
+}
+
+/// Two processors for the server and for the load.
+///
+/// # Errors
+/// This process may use one only.
+pub fn processors() -> anyhow::Result<(usize, usize)> {
+    let allowed = nix::sched::sched_getaffinity(Pid::from_raw(0))?;
+    let cpus: Vec<usize> =
+        (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect();
+    ensure!(cpus.len() >= 2, "two processors are needed, this process may use {}", cpus.len());
+    Ok((cpus[0], cpus[1]))
+}
