@@ -152,6 +152,32 @@ fn pipelines_any_number_of_messages_in_bounded_memory() {
     }
 }
 
+/// A server that answers a thousand messages and then no more: what has no reply stays below 1 MiB
+/// and one message, or the client's memory would have no bound.
+#[test]
+fn only_so_much_is_sent_without_a_reply() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let line = [b'x'; 1000];
+    let stdin = pipe_with([&line[..], b"\n"].concat().repeat(8000));
+    let _client = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::null()));
+    let (mut stream, _) = listener.accept().unwrap();
+    stream.set_read_timeout(Some(harness::LIMIT)).unwrap();
+    let message = frame(1, &line);
+    for _ in 0..1000 {
+        assert_eq!(read(&stream, message.len()), message);
+        write(&stream, &message);
+    }
+    stream.set_read_timeout(Some(harness::QUIET)).unwrap();
+    let mut unanswered = 0;
+    let mut block = vec![0; 1 << 16];
+    while let Ok(n @ 1..) = stream.read(&mut block) {
+        unanswered += n;
+    }
+    let window = 1 << 20;
+    assert!((window..window + message.len()).contains(&unanswered), "{unanswered} bytes");
+}
+
 #[test]
 fn replies_may_come_in_pieces_and_stuck_together() {
     let (addr, _server) = serve(vec![|stream: TcpStream| {
