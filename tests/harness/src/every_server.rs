@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::{QUIET, Server, connect, run, run_command, wait_until};
+use crate::{Server, connect, run, run_command, wait_until};
 
 /// One test per promise, for the binary `$exe`. `$works` is a function that asks a server for what
 /// it is there for, over a fresh connection.
@@ -180,11 +180,7 @@ pub fn says_when_it_does_not_understand_rust_log(exe: &str, works: Works) {
 pub fn sleeps_when_idle(exe: &str, works: Works) {
     let server = Server::start(exe);
     works(&server.connect());
-    wait_until("it has closed that", || server.fds() == idle_fds(exe));
-    let wakeups = || server.status("voluntary_ctxt_switches");
-    let before = wakeups();
-    std::thread::sleep(QUIET);
-    assert_eq!(wakeups(), before);
+    server.wait_until_asleep();
 }
 
 fn idle_fds(exe: &str) -> usize {

@@ -158,6 +158,16 @@ impl Process {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
+    /// Waits until it sleeps: until it has not woken up for more than a second.
+    #[track_caller]
+    pub fn wait_until_asleep(&self) {
+        wait_until("it sleeps", || {
+            let before = self.status("voluntary_ctxt_switches");
+            thread::sleep(4 * QUIET);
+            self.status("voluntary_ctxt_switches") == before
+        });
+    }
+
     fn proc(&self, file: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
     }
