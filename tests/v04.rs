@@ -90,6 +90,19 @@ fn pipelined_messages_are_answered_in_order() {
     assert!(exchange(&server.connect(), bytes.clone()) == bytes);
 }
 
+/// The trace of the reactor's steps tells.
+#[test]
+fn the_replies_to_one_read_leave_in_one_write() {
+    let mut command = std::process::Command::new(EXE);
+    command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "trace");
+    let server = Server::from(&mut command);
+    let client = server.connect();
+    let messages = frame(1, b"one of ten").repeat(10);
+    assert_echo(&client, &messages);
+    server.wait_for_log("write: 180 of 180 bytes");
+    assert_eq!(server.log().matches("write: ").count(), 1, "{}", server.log());
+}
+
 /// The C++ v0.4 aborts on it.
 #[test]
 fn an_empty_message_is_a_message() {
