@@ -10,6 +10,7 @@ use std::process::{Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 
 use harness::{Process, frame, pattern, read, run_command, run_with_input, write};
+use nix::sys::socket::{setsockopt, sockopt::RcvBuf, sockopt::TcpMaxSeg};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
 const MAX_PAYLOAD: usize = 65_527;
@@ -176,6 +177,30 @@ fn only_so_much_is_sent_without_a_reply() {
     }
     let window = 1 << 20;
     assert!((window..window + message.len()).contains(&unanswered), "{unanswered} bytes");
+}
+
+/// Small segments make the client's socket take little at a time, and no reply comes before
+/// everything has been sent.
+#[test]
+fn what_the_socket_does_not_take_is_sent_when_it_does() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    setsockopt(&listener, TcpMaxSeg, &536).unwrap();
+    setsockopt(&listener, RcvBuf, &8192).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let line = [b'x'; 60_000];
+    let stdin = pipe_with([&line[..], b"\n"].concat().repeat(16));
+    let server = thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        stream.set_read_timeout(Some(harness::LIMIT)).unwrap();
+        // A slow server: nothing is read until nothing more fits.
+        thread::sleep(harness::QUIET);
+        let messages = read(&stream, 16 * frame(1, &line).len());
+        write(&stream, &messages);
+    });
+    let output = run_with_input(&mut client(addr, &["--timeout", "30"]), stdin);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.stdout.iter().filter(|&&byte| byte == b'\n').count(), 16);
+    server.join().unwrap();
 }
 
 #[test]
