@@ -3,7 +3,11 @@
 //! A closed-loop load generator, the servers that are compared, and the table. Not a part of any
 //! chapter, and not built with one.
 
+pub mod accept;
+pub mod calls;
+pub mod idle;
 pub mod load;
+pub mod report;
 pub mod target;
 
 use std::net::{Ipv4Addr, TcpListener};

@@ -4,11 +4,12 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
+use std::mem;
 use std::net::{SocketAddr, TcpStream};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use common::event_loop::{Callbacks, EventLoop, Interest, Token};
 use common::message;
 use hdrhistogram::Histogram;
@@ -17,6 +18,9 @@ use crate::target::Target;
 
 /// How many different requests a connection sends, in turn, so that a mix-up shows.
 const VARIETY: usize = 8;
+
+/// How long it may take until each client has had a reply.
+const START_LIMIT: Duration = Duration::from_secs(20);
 
 /// What is under way at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,27 +55,66 @@ impl FromStr for Cell {
     }
 }
 
+/// One cell, and if there is a second one, with what else beside it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scenario(pub Vec<Cell>);
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (n, cell) in self.0.iter().enumerate() {
+            if n > 0 {
+                f.write_str("+")?;
+            }
+            cell.fmt(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl FromStr for Scenario {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        text.split('+').map(str::parse).collect::<Result<_, _>>().map(Self)
+    }
+}
+
 /// What came out.
 pub struct Figures {
-    /// Replies per second.
-    pub rate: f64,
+    /// By cell of the scenario.
+    pub cells: Vec<CellFigures>,
+    /// How many replies there were, of all cells and before the measurement too.
+    pub replies: u64,
+    /// For how long was measured.
+    pub elapsed: Duration,
+    /// The processor time that the server used meanwhile.
+    pub cpu: Duration,
+}
+
+/// What came out for one cell.
+pub struct CellFigures {
+    /// Replies while it was measured.
+    pub replies: u64,
     /// From sending a request to having its reply, in nanoseconds.
     pub latency: Histogram<u64>,
-    /// The server's processor time per request, in nanoseconds.
-    pub cpu: f64,
 }
 
 struct Load {
     conns: HashMap<Token, Conn>,
-    cell: Cell,
+    cells: Vec<Cell>,
+    figures: Vec<CellFigures>,
+    /// How many connections have not had a reply yet.
+    silent: usize,
     scratch: Vec<u8>,
-    latency: Histogram<u64>,
-    replies: u64,
     failure: Option<anyhow::Error>,
 }
 
 struct Conn {
     stream: TcpStream,
+    /// Which of the cells it belongs to.
+    cell: usize,
+    /// The size of a request, in bytes.
+    bytes: usize,
     /// `VARIETY` requests, one behind the other. What is sent is this for ever, and so is what
     /// comes back.
     requests: Vec<u8>,
@@ -89,34 +132,42 @@ struct Conn {
 /// A connection fails, or a byte that comes back is not the one that was sent.
 pub fn run(
     target: &Target,
-    cell: Cell,
+    scenario: &Scenario,
     warm_up: Duration,
     duration: Duration,
 ) -> anyhow::Result<Figures> {
     let mut event_loop = EventLoop::new()?;
     let mut load = Load {
         conns: HashMap::new(),
-        cell,
+        cells: scenario.0.clone(),
+        figures: Vec::new(),
+        silent: 0,
         scratch: vec![0; 256 * 1024],
-        latency: Histogram::new_with_bounds(1, 60_000_000_000, 3)?,
-        replies: 0,
         failure: None,
     };
-    for n in 0..cell.connections {
-        load.connect(&mut event_loop, target.addr, n)?;
+    for (number, cell) in scenario.0.iter().enumerate() {
+        let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
+        load.figures.push(CellFigures { replies: 0, latency });
+        for _ in 0..cell.connections {
+            load.connect(&mut event_loop, target.addr, number)?;
+        }
     }
+    // All of them are accepted, and have been served once.
+    load.silent = load.conns.len();
+    load.run_for(&mut event_loop, START_LIMIT)?;
+    ensure!(load.silent == 0, "{} clients without a reply in {START_LIMIT:?}", load.silent);
     load.run_for(&mut event_loop, warm_up)?;
 
-    load.latency.reset();
-    let (start, cpu, replies) = (Instant::now(), target.cpu()?, load.replies);
+    let mut replies = 0;
+    for cell in &mut load.figures {
+        replies += mem::take(&mut cell.replies);
+        cell.latency.reset();
+    }
+    let (start, cpu) = (Instant::now(), target.cpu()?);
     load.run_for(&mut event_loop, duration)?;
     let (elapsed, cpu) = (start.elapsed(), target.cpu()? - cpu);
-    let replies = (load.replies - replies) as f64;
-    Ok(Figures {
-        rate: replies / elapsed.as_secs_f64(),
-        latency: load.latency,
-        cpu: cpu.as_nanos() as f64 / replies,
-    })
+    replies += load.figures.iter().map(|cell| cell.replies).sum::<u64>();
+    Ok(Figures { cells: load.figures, replies, elapsed, cpu })
 }
 
 impl Load {
@@ -124,7 +175,7 @@ impl Load {
         &mut self,
         event_loop: &mut EventLoop<Self>,
         addr: SocketAddr,
-        number: usize,
+        cell: usize,
     ) -> anyhow::Result<()> {
         let stream = TcpStream::connect(addr).context("cannot connect to the server")?;
         stream.set_nonblocking(true)?;
@@ -132,12 +183,15 @@ impl Load {
         let callbacks = Callbacks { read: Some(read_callback), write: Some(write_callback) };
         let interest = Interest { read: true, write: true };
         let token = event_loop.add_io_event(&stream, interest, callbacks)?;
+        let Cell { pipeline, bytes, .. } = self.cells[cell];
         let conn = Conn {
             stream,
-            requests: requests(self.cell.bytes, number)?,
+            cell,
+            bytes,
+            requests: requests(bytes, self.conns.len())?,
             sent: 0,
             received: 0,
-            allowed: (self.cell.pipeline * self.cell.bytes) as u64,
+            allowed: (pipeline * bytes) as u64,
             times: VecDeque::new(),
         };
         self.conns.insert(token, conn);
@@ -149,8 +203,9 @@ impl Load {
         event_loop: &mut EventLoop<Self>,
         duration: Duration,
     ) -> anyhow::Result<()> {
-        event_loop.run_after(duration, Token::default(), EventLoop::stop_callback)?;
+        let timer = event_loop.run_after(duration, Token::default(), EventLoop::stop_callback)?;
         event_loop.event_process(self)?;
+        event_loop.cancel_timer(timer);
         self.failure.take().map_or(Ok(()), Err)
     }
 
@@ -177,13 +232,20 @@ fn read_callback(
     load: &mut Load,
     token: Token,
 ) -> io::Result<()> {
-    let Load { conns, scratch, cell, latency, replies, .. } = load;
+    let Load { conns, scratch, figures, silent, .. } = load;
     let Some(conn) = conns.get_mut(&token) else { return Ok(()) };
-    let result = conn.receive(scratch, cell.bytes, |nanos| {
-        *replies += 1;
-        latency.saturating_record(nanos);
+    if conn.received == 0 {
+        *silent -= 1;
+        if *silent == 0 {
+            event_loop.stop();
+        }
+    }
+    let figures = &mut figures[conn.cell];
+    let result = conn.receive(scratch, |nanos| {
+        figures.replies += 1;
+        figures.latency.saturating_record(nanos);
     });
-    let result = result.and_then(|()| conn.send(event_loop, token, cell.bytes));
+    let result = result.and_then(|()| conn.send(event_loop, token));
     if let Err(err) = result {
         load.fail(event_loop, err);
     }
@@ -195,21 +257,15 @@ fn write_callback(
     load: &mut Load,
     token: Token,
 ) -> io::Result<()> {
-    let bytes = load.cell.bytes;
     let Some(conn) = load.conns.get_mut(&token) else { return Ok(()) };
-    if let Err(err) = conn.send(event_loop, token, bytes) {
+    if let Err(err) = conn.send(event_loop, token) {
         load.fail(event_loop, err);
     }
     Ok(())
 }
 
 impl Conn {
-    fn receive(
-        &mut self,
-        scratch: &mut [u8],
-        bytes: usize,
-        mut done: impl FnMut(u64),
-    ) -> anyhow::Result<()> {
+    fn receive(&mut self, scratch: &mut [u8], mut done: impl FnMut(u64)) -> anyhow::Result<()> {
         let n = match (&self.stream).read(scratch) {
             Ok(0) => bail!("the server has closed a connection"),
             Ok(n) => n,
@@ -226,23 +282,20 @@ impl Conn {
             self.received += part.len() as u64;
             rest = next;
         }
-        let whole = self.received / bytes as u64;
+        let bytes = self.bytes as u64;
+        let whole = self.received / bytes;
         let now = Instant::now();
-        while self.times.len() as u64 > self.sent.div_ceil(bytes as u64) - whole {
+        while self.times.len() as u64 > self.sent.div_ceil(bytes) - whole {
             if let Some(time) = self.times.pop_front() {
                 done((now - time).as_nanos() as u64);
-                self.allowed += bytes as u64;
+                self.allowed += bytes;
             }
         }
         Ok(())
     }
 
-    fn send(
-        &mut self,
-        event_loop: &mut EventLoop<Load>,
-        token: Token,
-        bytes: usize,
-    ) -> anyhow::Result<()> {
+    fn send(&mut self, event_loop: &mut EventLoop<Load>, token: Token) -> anyhow::Result<()> {
+        let bytes = self.bytes as u64;
         while self.sent < self.allowed {
             let start = self.sent as usize % self.requests.len();
             let end = self.requests.len().min(start + (self.allowed - self.sent) as usize);
@@ -252,9 +305,9 @@ impl Conn {
                 Err(err) if err.kind() == ErrorKind::WouldBlock => break,
                 Err(err) => return Err(err).context("sending a request"),
             };
-            let before = self.sent.div_ceil(bytes as u64);
+            let before = self.sent.div_ceil(bytes);
             self.sent += n as u64;
-            let begun = self.sent.div_ceil(bytes as u64) - before;
+            let begun = self.sent.div_ceil(bytes) - before;
             self.times.extend((0..begun).map(|_| now));
         }
         let write = self.sent < self.allowed;

@@ -1,13 +1,18 @@
 //! Runs every chapter and every peer in turn and prints what each request costs.
 
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context;
-use bench::load::{self, Cell};
-use bench::target::{self, Target};
+use anyhow::{Context, ensure};
+use bench::load::{self, Scenario};
+use bench::report::{Accept, Calls, Idle, Load, Machine, Report, TABLES};
+use bench::target::{self, Server, Target};
+use bench::{accept, calls, idle};
 use clap::Parser;
+use common::net;
 use indicatif::{ProgressBar, ProgressStyle};
+use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::Pid;
 
 /// Measures the chapters of the course beside their peers: every server has its turn in every
@@ -15,113 +20,259 @@ use nix::unistd::Pid;
 #[derive(Parser)]
 #[command(version)]
 struct Args {
+    /// One short round of everything, in a minute: a first look, and no more than that
+    #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
+    quick: bool,
     /// How many rounds
-    #[arg(long, default_value_t = 5)]
-    rounds: usize,
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
     /// For how long each server is loaded in a turn
-    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
-    seconds: f64,
-    /// How many connections, requests under way on each, and bytes in a request
+    #[arg(long, default_value = "2", value_parser = parse_seconds)]
+    seconds: Duration,
+    /// Connections x requests under way on each x bytes of a request, and after a + more of the
+    /// kind that go on beside them and are not counted
     #[arg(
         long,
-        value_name = "CxPxB",
+        value_name = "CxPxB[+CxPxB]",
         value_delimiter = ',',
-        default_value = "1x1x64,50x1x64,1000x1x64,50x16x64,10x4x16384"
+        default_value = "1x1x64,50x1x64,1000x1x64,50x16x64,10x4x16384,1x8x65535,100x1x64,\
+                         100x1x64+1x8x65535"
     )]
-    cells: Vec<Cell>,
+    scenarios: Vec<Scenario>,
     /// Which servers; ratios are to the first one
     #[arg(
         long,
         value_name = "NAME",
         value_delimiter = ',',
-        default_value = "floor,reactor-v03,reactor-v04,peer-mio,peer-tokio,peer-tokio-codec"
+        default_value = "floor,reactor-v01,reactor-v02,reactor-v03,reactor-v04,peer-mio,\
+                         peer-tokio,peer-tokio-codec"
     )]
     servers: Vec<String>,
+    /// How many idle connections to measure the memory of; 0 for none
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    idle: usize,
+    /// Do not measure how many clients a server takes in per second
+    #[arg(long)]
+    no_accept: bool,
+    /// Do not count system calls, which takes strace
+    #[arg(long)]
+    no_calls: bool,
+    /// Keep all figures in this file, too
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
 }
 
-/// What one server did in one round with one cell.
-struct Turn {
-    /// Replies per second.
-    rate: f64,
-    /// The server's processor time per request, in nanoseconds.
-    cpu: f64,
-    /// Half of the requests, 99 in 100 and 999 in 1,000 took no longer, in microseconds.
-    latency: [f64; 3],
+/// What system calls are counted with.
+const CALLS: [&str; 2] = ["1x1x64", "50x1x64"];
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds
+        .filter(|duration| !duration.is_zero())
+        .ok_or_else(|| "expected a number of seconds, above 0".to_owned())
+}
+
+/// What is measured, where and for how long.
+struct Bench {
+    servers: Vec<Server>,
+    duration: Duration,
+    server_cpu: usize,
+    progress: ProgressBar,
+    report: Report,
 }
 
 fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    if args.quick {
+        (args.rounds, args.seconds) = (1, Duration::from_millis(500));
+    }
+    net::raise_fd_limit();
+    let (fds, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    // Some are for the program itself.
+    let needed = args.idle as u64 + 32;
+    ensure!(fds >= needed, "{} connections take {needed} fds, the limit is {fds}", args.idle);
+    if let Some(path) = &args.json {
+        // Rather now than after ten minutes.
+        fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let (server_cpu, load_cpu) = target::processors()?;
+    let machine = Machine::this_one();
     target::pin(Pid::from_raw(0), load_cpu)?;
-    let exe = std::env::current_exe()?;
-    let folder = exe.parent().context("this program is in no folder")?;
+    let count = !args.no_calls && calls::can_count();
+    if !args.no_calls && !count {
+        eprintln!("system calls are not counted: there is no strace, or it may not be used");
+    }
 
-    let turns = args.rounds * args.cells.len() * args.servers.len();
+    let servers: Vec<Server> =
+        args.servers.iter().map(|name| Server { name: name.clone() }).collect();
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} more: {msg}")?;
-    let progress = ProgressBar::new(turns.try_into()?).with_style(style);
-    // By cell, then by server, then by round.
-    let mut results: Vec<Vec<Vec<Turn>>> = Vec::new();
-    results.resize_with(args.cells.len(), || args.servers.iter().map(|_| Vec::new()).collect());
-    for _ in 0..args.rounds {
-        for (cell, results) in args.cells.iter().zip(&mut results) {
-            for (server, results) in args.servers.iter().zip(results) {
-                progress.set_message(format!("{server} {cell}"));
-                results.push(
-                    run(folder, server, *cell, args.seconds, server_cpu)
-                        .with_context(|| format!("{server} at {cell}"))?,
-                );
-                progress.inc(1);
-            }
-        }
+    let mut bench = Bench {
+        duration: args.seconds,
+        server_cpu,
+        progress: ProgressBar::new(0).with_style(style),
+        report: Report {
+            machine,
+            rounds: args.rounds.into(),
+            seconds: args.seconds.as_secs_f64(),
+            servers: args.servers,
+            scenarios: args.scenarios.iter().map(Scenario::to_string).collect(),
+            loads: Vec::new(),
+            accepts: Vec::new(),
+            idle: Vec::new(),
+            calls: Vec::new(),
+        },
+        servers,
+    };
+    bench.measure(&args.scenarios, args.idle, !args.no_accept, count)?;
+    if let Some(path) = &args.json {
+        fs::write(path, bench.report.to_json()?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    progress.finish_and_clear();
-    for (cell, results) in args.cells.iter().zip(&results) {
-        print(*cell, &args.servers, results);
-    }
+    print(&bench.report);
     Ok(())
 }
 
-fn run(
-    folder: &Path,
-    server: &str,
-    cell: Cell,
-    seconds: f64,
-    server_cpu: usize,
-) -> anyhow::Result<Turn> {
-    let exe: PathBuf = folder.join(server);
-    let chapter = server.starts_with("reactor-");
-    let args: &[&str] = if chapter { &["--addr", "127.0.0.1:0"] } else { &[] };
-    let target = Target::start(&exe, args, server_cpu)?;
-    let duration = Duration::try_from_secs_f64(seconds)?;
-    let figures = load::run(&target, cell, duration / 4, duration)?;
-    let quantile = |q| figures.latency.value_at_quantile(q) as f64 / 1000.0;
-    let latency = [0.5, 0.99, 0.999].map(quantile);
-    Ok(Turn { rate: figures.rate, cpu: figures.cpu, latency })
+/// One thing to measure.
+enum Turn<'a> {
+    Load(usize, &'a Server, &'a Scenario),
+    Accept(usize, &'a Server),
+    Idle(&'a Server, usize),
+    Calls(&'a Server, Scenario),
 }
 
-/// Medians over the rounds, of the ratios too: each is to the first server in the same round.
-fn print(cell: Cell, servers: &[String], results: &[Vec<Turn>]) {
-    println!("{cell} (connections x requests under way x bytes)");
-    println!(
-        "  {:18} {:>7} {:>10} {:>11} {:>9} {:>9} {:>9}",
-        "server", "ratio", "cpu ns", "requests/s", "p50 us", "p99 us", "p99.9 us"
-    );
-    for (server, turns) in servers.iter().zip(results) {
-        let floor = results[0].iter();
-        println!(
-            "  {server:18} {:7.3} {:10.0} {:11.0} {:9.1} {:9.1} {:9.1}",
-            median(turns.iter().zip(floor).map(|(turn, floor)| turn.cpu / floor.cpu)),
-            median(turns.iter().map(|turn| turn.cpu)),
-            median(turns.iter().map(|turn| turn.rate)),
-            median(turns.iter().map(|turn| turn.latency[0])),
-            median(turns.iter().map(|turn| turn.latency[1])),
-            median(turns.iter().map(|turn| turn.latency[2])),
-        );
+impl Bench {
+    fn measure(
+        &mut self,
+        scenarios: &[Scenario],
+        idle: usize,
+        accept: bool,
+        count: bool,
+    ) -> anyhow::Result<()> {
+        let servers = self.servers.clone();
+        let mut turns = Vec::new();
+        for round in 0..self.report.rounds {
+            for scenario in scenarios {
+                let able = servers.iter().filter(|server| can_serve(server, scenario));
+                turns.extend(able.map(|server| Turn::Load(round, server, scenario)));
+            }
+            if accept {
+                turns.extend(servers.iter().map(|server| Turn::Accept(round, server)));
+            }
+        }
+        if idle > 0 {
+            let able = servers.iter().filter(|server| server.serves_many());
+            turns.extend(able.map(|server| Turn::Idle(server, idle)));
+        }
+        for scenario in CALLS.iter().filter(|_| count) {
+            let scenario: Scenario = scenario.parse().map_err(anyhow::Error::msg)?;
+            let able = servers.iter().filter(|server| can_serve(server, &scenario));
+            turns.extend(able.map(|server| Turn::Calls(server, scenario.clone())));
+        }
+        self.progress.set_length(turns.len().try_into()?);
+        for turn in turns {
+            self.take(turn)?;
+            self.progress.inc(1);
+        }
+        self.progress.finish_and_clear();
+        Ok(())
+    }
+
+    fn take(&mut self, turn: Turn<'_>) -> anyhow::Result<()> {
+        match turn {
+            Turn::Load(round, server, scenario) => {
+                let what = self.say(server, scenario.to_string());
+                let load = self.load(round, server, scenario).context(what)?;
+                self.report.loads.push(load);
+            }
+            Turn::Accept(round, server) => {
+                let what = self.say(server, "taking in clients".to_owned());
+                let accept = self.accept(round, server).context(what)?;
+                self.report.accepts.push(accept);
+            }
+            Turn::Idle(server, connections) => {
+                let what = self.say(server, format!("{connections} idle connections"));
+                let idle = self.idle(server, connections).context(what)?;
+                self.report.idle.push(idle);
+            }
+            Turn::Calls(server, scenario) => {
+                let what = self.say(server, format!("{scenario} under strace"));
+                let calls = self.calls(server, &scenario).context(what)?;
+                self.report.calls.push(calls);
+            }
+        }
+        Ok(())
+    }
+
+    fn say(&self, server: &Server, what: String) -> String {
+        let what = format!("{}, {what}", server.name);
+        self.progress.set_message(what.clone());
+        what
+    }
+
+    fn load(&self, round: usize, server: &Server, scenario: &Scenario) -> anyhow::Result<Load> {
+        let target = Target::start(server.command()?, self.server_cpu)?;
+        let figures = load::run(&target, scenario, self.duration / 4, self.duration)?;
+        let first = &figures.cells[0];
+        let all: u64 = figures.cells.iter().map(|cell| cell.replies).sum();
+        let quantile = |q| first.latency.value_at_quantile(q) as f64 / 1000.0;
+        Ok(Load {
+            server: server.name.clone(),
+            scenario: scenario.to_string(),
+            round,
+            rate: first.replies as f64 / figures.elapsed.as_secs_f64(),
+            cpu_ns: figures.cpu.as_nanos() as f64 / all as f64,
+            p50_us: quantile(0.5),
+            p99_us: quantile(0.99),
+            p999_us: quantile(0.999),
+        })
+    }
+
+    fn accept(&self, round: usize, server: &Server) -> anyhow::Result<Accept> {
+        let target = Target::start(server.command()?, self.server_cpu)?;
+        let figures = accept::run(&target, server.echoes(), self.duration)?;
+        Ok(Accept {
+            server: server.name.clone(),
+            round,
+            rate: figures.clients as f64 / figures.elapsed.as_secs_f64(),
+            cpu_ns: figures.cpu.as_nanos() as f64 / figures.clients as f64,
+        })
+    }
+
+    fn idle(&self, server: &Server, connections: usize) -> anyhow::Result<Idle> {
+        let target = Target::start(server.command()?, self.server_cpu)?;
+        let idle::Memory { start, connected, echoed, burst } = idle::run(&target, connections)?;
+        Ok(Idle { server: server.name.clone(), connections, start, connected, echoed, burst })
+    }
+
+    fn calls(&self, server: &Server, scenario: &Scenario) -> anyhow::Result<Calls> {
+        let per_reply = calls::run(server, scenario, self.duration, self.server_cpu)?;
+        Ok(Calls { server: server.name.clone(), scenario: scenario.to_string(), per_reply })
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+/// Who serves one client after the other has no use for a second one.
+fn can_serve(server: &Server, scenario: &Scenario) -> bool {
+    let connections: usize = scenario.0.iter().map(|cell| cell.connections).sum();
+    server.echoes() && (connections == 1 || server.serves_many())
+}
+
+fn print(report: &Report) {
+    let titles = [
+        "",
+        "Processor time per reply; below the first server, as a ratio to it in the same round",
+        "Replies per second",
+        "Latency in microseconds: half, 99 in 100 and 999 in 1,000 took no longer",
+        "One connection that streams large messages, each way",
+        "Fairness: the p99 of 100 clients that ping, alone and beside one at full blast",
+        "Clients taken in per second, 16 at a time",
+        "Resident memory",
+        "System calls per reply, by strace",
+    ];
+    for (title, (_, table)) in titles.iter().zip(TABLES) {
+        let table = table(report);
+        // Title and line, and nothing below.
+        if table.lines().count() != 2 {
+            println!("{title}\n{table}");
+        }
+    }
 }

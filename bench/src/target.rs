@@ -3,14 +3,60 @@
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+
+/// One of the programs that are compared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Server {
+    /// The name of its executable, next to that of this program.
+    pub name: String,
+}
+
+impl Server {
+    /// Chapter 1 says hello and takes in nothing.
+    pub fn echoes(&self) -> bool {
+        self.name != "reactor-v01"
+    }
+
+    /// Chapters 1 and 2 serve one client after the other.
+    pub fn serves_many(&self) -> bool {
+        self.echoes() && self.name != "reactor-v02"
+    }
+
+    fn args(&self) -> &[&str] {
+        if self.name.starts_with("reactor-") { &["--addr", "127.0.0.1:0"] } else { &[] }
+    }
+
+    /// The command that runs it on a free port.
+    ///
+    /// # Errors
+    /// The folder of this program cannot be found.
+    pub fn command(&self) -> anyhow::Result<Command> {
+        let exe = std::env::current_exe()?.with_file_name(&self.name);
+        let mut command = Command::new(exe);
+        command.args(self.args());
+        Ok(command)
+    }
+
+    /// The same under strace(1), which writes how often it made each call to `report` when it ends.
+    ///
+    /// # Errors
+    /// The folder of this program cannot be found.
+    pub fn command_counted(&self, report: &Path) -> anyhow::Result<Command> {
+        let mut command = Command::new("strace");
+        // -D: strace becomes the child, and the server what was started here.
+        command.args(["-D", "-f", "-c", "-o"]).arg(report);
+        command.arg(self.command()?.get_program()).args(self.args());
+        Ok(command)
+    }
+}
 
 /// A running server. Killed when dropped.
 pub struct Target {
@@ -20,25 +66,26 @@ pub struct Target {
 }
 
 impl Target {
-    /// Starts the server `exe`, waits until it listens and pins it to the processor `cpu`.
+    /// Starts a server, waits until it listens and pins it to the processor `cpu`.
     ///
     /// # Errors
     /// It cannot be started, or does not say where it listens.
-    pub fn start(exe: &Path, args: &[&str], cpu: usize) -> anyhow::Result<Self> {
-        let mut child = Command::new(exe)
-            .args(args)
+    pub fn start(mut command: Command, cpu: usize) -> anyhow::Result<Self> {
+        let program = PathBuf::from(command.get_program());
+        let mut child = command
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| format!("cannot start {}", exe.display()))?;
+            .with_context(|| format!("cannot start {}", program.display()))?;
         let mut stderr = BufReader::new(child.stderr.take().context("stderr is a pipe")?);
         let mut line = String::new();
         stderr.read_line(&mut line)?;
         let addr = line.trim().rsplit(' ').next().and_then(|addr| addr.parse().ok());
         let Some(addr) = addr else {
             let _ = child.kill();
-            anyhow::bail!("{} does not say where it listens: {line}", exe.display());
+            let _ = child.wait();
+            bail!("{} does not say where it listens: {line}", program.display());
         };
         // What else it has to say must not fill the pipe.
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
@@ -94,7 +141,7 @@ pub fn pin(pid: Pid, cpu: usize) -> anyhow::Result<()> {
     sched_setaffinity(pid, &set).with_context(|| format!("cannot use processor {cpu}"))
 }
 
-/// Two processors for the server and for the load.
+/// Two processors, for the server and for the load.
 ///
 /// # Errors
 /// This process may use one only.

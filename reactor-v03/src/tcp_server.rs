@@ -33,7 +33,8 @@ pub struct TcpServer {
     listener: Listener,
     token: Token,
     pool: BufPool,
-    conns: HashMap<Token, Conn>,
+    /// In boxes, since the map keeps free places, of the size of an entry each.
+    conns: HashMap<Token, Box<Conn>>,
     draining: bool,
 }
 
@@ -92,7 +93,7 @@ impl TcpServer {
         peer: SocketAddr,
     ) -> io::Result<()> {
         let conn = Conn::new(event_loop, stream, peer, &self.pool)?;
-        self.conns.insert(conn.token, conn);
+        self.conns.insert(conn.token, Box::new(conn));
         Ok(())
     }
 

@@ -31,7 +31,8 @@ pub struct TcpServer {
     listener: Listener,
     token: Token,
     pool: BufPool,
-    conns: HashMap<Token, TcpConn>,
+    /// In boxes, since the map keeps free places, of the size of an entry each.
+    conns: HashMap<Token, Box<TcpConn>>,
     draining: bool,
 }
 
@@ -90,7 +91,7 @@ impl TcpServer {
         peer: SocketAddr,
     ) -> io::Result<()> {
         let conn = TcpConn::new(event_loop, stream, peer, &self.pool)?;
-        self.conns.insert(conn.token, conn);
+        self.conns.insert(conn.token, Box::new(conn));
         Ok(())
     }
 

@@ -1,0 +1,126 @@
+//! How many clients a server takes in, one behind the other, a few at a time: each connects, has
+//! its one message echoed or its hello said, and is gone.
+
+use std::collections::HashMap;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
+use common::{message, net};
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt::Linger};
+
+use crate::target::Target;
+
+/// How many clients there are at a time.
+const AT_A_TIME: usize = 16;
+
+/// What came out.
+pub struct Figures {
+    /// Clients that were served.
+    pub clients: u64,
+    /// For how long was measured.
+    pub elapsed: Duration,
+    /// The processor time that the server used meanwhile.
+    pub cpu: Duration,
+}
+
+struct Load {
+    addr: SocketAddr,
+    /// What each client sends, nothing for a server that says hello.
+    request: Vec<u8>,
+    streams: HashMap<Token, TcpStream>,
+    served: u64,
+    failure: Option<anyhow::Error>,
+}
+
+/// Sends clients to `target` for `duration`. If it echoes, each of them sends a message of 64 bytes.
+///
+/// # Errors
+/// A client fails.
+pub fn run(target: &Target, echoes: bool, duration: Duration) -> anyhow::Result<Figures> {
+    let mut request = Vec::new();
+    if echoes {
+        request.extend(message::encode_header(1, 64 - message::HEADER_LEN)?);
+        request.resize(64, 7);
+    }
+    let mut event_loop = EventLoop::new()?;
+    let (addr, streams) = (target.addr, HashMap::new());
+    let mut load = Load { addr, request, streams, served: 0, failure: None };
+    for _ in 0..AT_A_TIME {
+        load.connect(&mut event_loop)?;
+    }
+    event_loop.run_after(duration, Token::default(), EventLoop::stop_callback)?;
+    let (start, cpu) = (Instant::now(), target.cpu()?);
+    event_loop.event_process(&mut load)?;
+    let (elapsed, cpu) = (start.elapsed(), target.cpu()? - cpu);
+    load.failure.map_or(Ok(Figures { clients: load.served, elapsed, cpu }), Err)
+}
+
+impl Load {
+    fn connect(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
+        let stream = net::connect(self.addr)?;
+        // Closing with a reset leaves no TIME_WAIT behind, or the ports would soon be used up.
+        setsockopt(&stream, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+        let callbacks = Callbacks { read: Some(read_callback), write: Some(write_callback) };
+        let token = event_loop.add_io_event(&stream, Interest::WRITE, callbacks)?;
+        self.streams.insert(token, stream);
+        Ok(())
+    }
+
+    /// Connected: says what there is to say.
+    fn send(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
+        let Some(mut stream) = self.streams.get(&token) else { return Ok(()) };
+        if let Some(err) = stream.take_error()? {
+            return Err(err).context("cannot connect to the server");
+        }
+        stream.write_all(&self.request).context("sending a request")?;
+        Ok(event_loop.set_interest(stream, token, Interest::READ)?)
+    }
+
+    /// Served: makes room for the next one.
+    fn receive(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
+        let Some(mut stream) = self.streams.get(&token) else { return Ok(()) };
+        let mut reply = [0; 256];
+        let n = match stream.read(&mut reply) {
+            Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(()),
+            result => result.context("reading a reply")?,
+        };
+        if n < self.request.len().max(1) {
+            bail!("only {n} bytes came back");
+        }
+        event_loop.del_io_event(stream, token)?;
+        self.streams.remove(&token);
+        self.served += 1;
+        self.connect(event_loop)
+    }
+
+    fn settle(&mut self, event_loop: &mut EventLoop<Self>, result: anyhow::Result<()>) {
+        if let Err(err) = result {
+            self.failure.get_or_insert(err);
+            event_loop.stop();
+        }
+    }
+}
+
+fn read_callback(
+    event_loop: &mut EventLoop<Load>,
+    load: &mut Load,
+    token: Token,
+) -> io::Result<()> {
+    let result = load.receive(event_loop, token);
+    load.settle(event_loop, result);
+    Ok(())
+}
+
+fn write_callback(
+    event_loop: &mut EventLoop<Load>,
+    load: &mut Load,
+    token: Token,
+) -> io::Result<()> {
+    let result = load.send(event_loop, token);
+    load.settle(event_loop, result);
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! How many system calls a reply takes, counted by strace(1).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+
+use crate::load::{self, Scenario};
+use crate::target::{Server, Target};
+
+/// How long strace may take to write its report after the server has ended.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// How often a server made each call in a while, and how many replies it sent.
+struct Count {
+    calls: BTreeMap<String, u64>,
+    replies: u64,
+}
+
+/// Whether strace is installed, and may be used.
+pub fn can_count() -> bool {
+    let status = Command::new("strace")
+        .args(["-c", "-o", "/dev/null", "true"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
+}
+
+/// The calls that `server` makes for one reply, on average. What it does once, when it starts or
+/// when a client connects, is taken off by the difference between a short run and a longer one.
+///
+/// # Errors
+/// The server or strace cannot be run.
+pub fn run(
+    server: &Server,
+    scenario: &Scenario,
+    duration: Duration,
+    cpu: usize,
+) -> anyhow::Result<BTreeMap<String, f64>> {
+    let once = count(server, scenario, Duration::ZERO, cpu)?;
+    let more = count(server, scenario, duration, cpu)?;
+    let replies = more.replies.saturating_sub(once.replies) as f64;
+    let mut calls = BTreeMap::new();
+    for (name, n) in more.calls {
+        let n = n.saturating_sub(once.calls.get(&name).copied().unwrap_or(0));
+        // Rounded as it is shown.
+        let per_reply = (n as f64 / replies * 100.0).round() / 100.0;
+        if per_reply > 0.0 {
+            calls.insert(name, per_reply);
+        }
+    }
+    Ok(calls)
+}
+
+fn count(
+    server: &Server,
+    scenario: &Scenario,
+    duration: Duration,
+    cpu: usize,
+) -> anyhow::Result<Count> {
+    let report = std::env::temp_dir().join(format!("bench-strace-{}", std::process::id()));
+    let target = Target::start(server.command_counted(&report)?, cpu)?;
+    let warm_up = Duration::from_millis(100);
+    let figures = load::run(&target, scenario, warm_up, duration)?;
+    drop(target);
+    let calls = read_report(&report);
+    let _ = fs::remove_file(&report);
+    Ok(Count { calls: calls?, replies: figures.replies })
+}
+
+/// The table of `strace -c`, whole when its last line is there.
+fn read_report(path: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
+    let start = Instant::now();
+    loop {
+        let report = fs::read_to_string(path).unwrap_or_default();
+        if report.lines().next_back().is_some_and(|line| line.trim_end().ends_with(" total")) {
+            return parse(&report);
+        }
+        if start.elapsed() > LIMIT {
+            bail!("no report from strace within {LIMIT:?}");
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn parse(report: &str) -> anyhow::Result<BTreeMap<String, u64>> {
+    let mut calls = BTreeMap::new();
+    // % time, seconds, usecs/call, calls, perhaps errors, syscall; after the title and a line.
+    for line in report.lines().skip(2).take_while(|line| !line.starts_with('-')) {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (n, name) = fields.get(3).zip(fields.last()).context("a strange report by strace")?;
+        calls.insert((*name).to_owned(), n.parse().context("a strange report by strace")?);
+    }
+    Ok(calls)
+}

@@ -1,0 +1,400 @@
+//! The figures of a whole run, as they are kept, and the tables that are made of them.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::process::Command;
+use std::thread;
+
+use anyhow::Context;
+use serde::{Deserialize, Serialize};
+
+/// All that one run of the bench program has measured.
+#[derive(Serialize, Deserialize)]
+pub struct Report {
+    /// Where it ran.
+    pub machine: Machine,
+    /// How often everything was measured.
+    pub rounds: usize,
+    /// For how long each time, in seconds.
+    pub seconds: f64,
+    /// The servers, the one first that ratios are to.
+    pub servers: Vec<String>,
+    /// What they were loaded with.
+    pub scenarios: Vec<String>,
+    /// One entry for each server, scenario and round.
+    pub loads: Vec<Load>,
+    /// One entry for each server and round.
+    pub accepts: Vec<Accept>,
+    /// One entry for each server.
+    pub idle: Vec<Idle>,
+    /// One entry for each server and scenario, none where there is no strace.
+    pub calls: Vec<Calls>,
+}
+
+/// The machine that the figures are of.
+#[derive(Serialize, Deserialize)]
+pub struct Machine {
+    /// The processor's name for itself.
+    pub processor: String,
+    /// How many processors there were.
+    pub processors: usize,
+    /// The version of Linux.
+    pub kernel: String,
+    /// What `rustc --version` says.
+    pub rustc: String,
+    /// The commit that was measured, `-dirty` if not only that.
+    pub commit: String,
+}
+
+/// One turn of one server under load.
+#[derive(Serialize, Deserialize)]
+pub struct Load {
+    /// Its name.
+    pub server: String,
+    /// Connections x requests under way x bytes; after a `+`, what else went on.
+    pub scenario: String,
+    /// From 0.
+    pub round: usize,
+    /// Replies per second, of the first cell.
+    pub rate: f64,
+    /// The server's processor time per reply of any cell, in nanoseconds.
+    pub cpu_ns: f64,
+    /// Half of the replies of the first cell took no longer, in microseconds.
+    pub p50_us: f64,
+    /// 99 in 100.
+    pub p99_us: f64,
+    /// 999 in 1,000.
+    pub p999_us: f64,
+}
+
+/// One turn of one server taking in clients.
+#[derive(Serialize, Deserialize)]
+pub struct Accept {
+    /// Its name.
+    pub server: String,
+    /// From 0.
+    pub round: usize,
+    /// Clients per second.
+    pub rate: f64,
+    /// The server's processor time per client, in nanoseconds.
+    pub cpu_ns: f64,
+}
+
+/// The resident memory of one server.
+#[derive(Serialize, Deserialize)]
+pub struct Idle {
+    /// Its name.
+    pub server: String,
+    /// How many clients there were.
+    pub connections: usize,
+    /// Before there were any, in bytes.
+    pub start: u64,
+    /// With all of them connected, in bytes.
+    pub connected: u64,
+    /// After each, one after the other, has sent a message and got it back, in bytes.
+    pub echoed: u64,
+    /// After all of them at once have sent a message, and then got it back, in bytes.
+    pub burst: u64,
+}
+
+/// The system calls that one server makes for one reply, on average.
+#[derive(Serialize, Deserialize)]
+pub struct Calls {
+    /// Its name.
+    pub server: String,
+    /// Connections x requests under way x bytes.
+    pub scenario: String,
+    /// By the name of the call.
+    pub per_reply: BTreeMap<String, f64>,
+}
+
+impl Machine {
+    /// The machine that this runs on. What cannot be found out is `unknown`.
+    pub fn this_one() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: "));
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").ok();
+        Self {
+            processor: model.map_or_else(unknown, str::to_owned),
+            processors: thread::available_parallelism().map_or(0, usize::from),
+            kernel: kernel.map_or_else(unknown, |release| release.trim().to_owned()),
+            rustc: output_of("rustc", &["--version"]),
+            commit: output_of("git", &["describe", "--always", "--dirty", "--abbrev=12"]),
+        }
+    }
+}
+
+fn unknown() -> String {
+    "unknown".to_owned()
+}
+
+fn output_of(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().ok();
+    let text = output.filter(|output| output.status.success()).map(|output| output.stdout);
+    text.map_or_else(unknown, |text| String::from_utf8_lossy(&text).trim().to_owned())
+}
+
+/// The tables, by the names under which the documentation asks for them.
+pub const TABLES: [(&str, fn(&Report) -> String); 9] = [
+    ("machine", Report::machine),
+    ("cpu", Report::cpu),
+    ("rate", Report::rate),
+    ("latency", Report::latency),
+    ("stream", Report::stream),
+    ("fairness", Report::fairness),
+    ("accept", Report::accept),
+    ("idle", Report::idle),
+    ("calls", Report::calls),
+];
+
+/// Connections that ping, with this under way beside them: the question of fairness.
+const BLAST: &str = "+";
+
+impl Report {
+    /// Reads what [`to_json`](Self::to_json) has written.
+    ///
+    /// # Errors
+    /// It is something else.
+    pub fn from_json(text: &str) -> anyhow::Result<Self> {
+        serde_json::from_str(text).context("these are no figures of the bench program")
+    }
+
+    /// All of it as text, for people and programs to read.
+    ///
+    /// # Errors
+    /// A figure is not a number.
+    pub fn to_json(&self) -> anyhow::Result<String> {
+        Ok(serde_json::to_string_pretty(self)? + "\n")
+    }
+
+    /// A table by its name, as Markdown.
+    pub fn table(&self, name: &str) -> Option<String> {
+        TABLES.iter().find(|(of, _)| *of == name).map(|(_, table)| table(self))
+    }
+
+    fn machine(&self) -> String {
+        let Machine { processor, processors, kernel, rustc, commit } = &self.machine;
+        let Self { rounds, seconds, .. } = self;
+        format!(
+            "{processor}, {processors} processors, Linux {kernel}, {rustc}, commit {commit}; \
+             medians of {rounds} rounds of {seconds} s each.\n"
+        )
+    }
+
+    /// Processor time per reply, as a ratio to the first server's in the same round.
+    fn cpu(&self) -> String {
+        let first = &self.servers[0];
+        self.by_scenario(
+            |scenario| !scenario.contains(BLAST),
+            |server, scenario| {
+                let ratio = median(self.loads_of(server, scenario).filter_map(|turn| {
+                    let floor =
+                        self.loads_of(first, scenario).find(|floor| floor.round == turn.round);
+                    floor.map(|floor| turn.cpu_ns / floor.cpu_ns)
+                }))?;
+                let nanos = median(self.loads_of(server, scenario).map(|turn| turn.cpu_ns))?;
+                Some(if server == first {
+                    format!("{} ns", thousands(nanos))
+                } else {
+                    format!("{ratio:.2}")
+                })
+            },
+        )
+    }
+
+    /// Replies per second.
+    fn rate(&self) -> String {
+        self.by_scenario(
+            |scenario| !scenario.contains(BLAST),
+            |server, scenario| {
+                median(self.loads_of(server, scenario).map(|turn| turn.rate)).map(thousands)
+            },
+        )
+    }
+
+    /// What half, 99 in 100 and 999 in 1,000 replies took at the most, in microseconds.
+    fn latency(&self) -> String {
+        self.by_scenario(
+            |scenario| !scenario.contains(BLAST),
+            |server, scenario| {
+                let quantiles: [fn(&Load) -> f64; 3] =
+                    [|turn| turn.p50_us, |turn| turn.p99_us, |turn| turn.p999_us];
+                let medians: Option<Vec<String>> = quantiles
+                    .iter()
+                    .map(|of| median(self.loads_of(server, scenario).map(of)).map(thousands))
+                    .collect();
+                medians.map(|medians| medians.join(" / "))
+            },
+        )
+    }
+
+    /// Bytes per second in each direction, where there is one connection with large messages.
+    fn stream(&self) -> String {
+        self.by_scenario(
+            |scenario| scenario.starts_with("1x") && bytes_of(scenario) >= 16_384.0,
+            |server, scenario| {
+                let rate = median(self.loads_of(server, scenario).map(|turn| turn.rate))?;
+                Some(format!("{} MB/s", thousands(rate * bytes_of(scenario) / 1e6)))
+            },
+        )
+    }
+
+    /// The p99 of those who ping, alone and beside one that sends as fast as it can.
+    fn fairness(&self) -> String {
+        let blasted = |scenario: &str| {
+            let alone =
+                |blast: &String| blast.split_once(BLAST).is_some_and(|(p, _)| p == scenario);
+            scenario.contains(BLAST) || self.scenarios.iter().any(alone)
+        };
+        self.by_scenario(blasted, |server, scenario| {
+            let p99 = median(self.loads_of(server, scenario).map(|turn| turn.p99_us))?;
+            Some(format!("{} µs", thousands(p99)))
+        })
+    }
+
+    /// Clients per second, and what each of them costs.
+    fn accept(&self) -> String {
+        let rows = self.servers.iter().filter_map(|server| {
+            let turns = || self.accepts.iter().filter(|turn| turn.server == *server);
+            let rate = median(turns().map(|turn| turn.rate))?;
+            let cpu = median(turns().map(|turn| turn.cpu_ns))?;
+            let cpu = format!("{:.1} µs", cpu / 1e3);
+            Some(vec![server.clone(), thousands(rate), cpu])
+        });
+        markdown(&["server", "clients/s", "processor time each"], rows.collect())
+    }
+
+    /// Resident memory: at the start, and then for each connection.
+    fn idle(&self) -> String {
+        let each = |idle: &Idle, bytes: u64| {
+            let more = bytes.saturating_sub(idle.start) as f64;
+            format!("{} B", thousands(more / idle.connections as f64))
+        };
+        let rows = self.idle.iter().map(|idle| {
+            let start = format!("{:.1} MiB", idle.start as f64 / f64::from(1 << 20));
+            let figures = [idle.connected, idle.echoed, idle.burst].map(|bytes| each(idle, bytes));
+            [idle.server.clone(), start].into_iter().chain(figures).collect()
+        });
+        let connections = self.idle.first().map_or(0, |idle| idle.connections);
+        let each = format!("each of {} connections", thousands(connections as f64));
+        let title = ["server", "at its start", &each, "after an echo", "after all at once"];
+        markdown(&title, rows.collect())
+    }
+
+    /// System calls for each reply.
+    fn calls(&self) -> String {
+        let mut names: Vec<&str> = Vec::new();
+        for call in self.calls.iter().flat_map(|calls| calls.per_reply.keys()) {
+            if !names.contains(&call.as_str()) {
+                names.push(call);
+            }
+        }
+        names.sort_unstable();
+        let mut title = vec!["server", "connections"];
+        title.extend(&names);
+        title.push("all");
+        let rows = self.calls.iter().map(|calls| {
+            let connections = calls.scenario.split('x').next().unwrap_or_default();
+            let mut row = vec![calls.server.clone(), connections.to_owned()];
+            let count = |name: &&str| calls.per_reply.get(*name).map_or(0.0, |n| *n);
+            row.extend(names.iter().map(|name| match count(name) {
+                0.0 => "–".to_owned(),
+                n => format!("{n:.2}"),
+            }));
+            row.push(format!("{:.2}", names.iter().map(count).sum::<f64>()));
+            row
+        });
+        markdown(&title, rows.collect())
+    }
+
+    fn loads_of<'a>(
+        &'a self,
+        server: &'a str,
+        scenario: &'a str,
+    ) -> impl Iterator<Item = &'a Load> + 'a {
+        self.loads.iter().filter(move |turn| turn.server == server && turn.scenario == scenario)
+    }
+
+    /// A row for each server that has a figure, a column for each of the scenarios that `wanted`
+    /// names.
+    fn by_scenario(
+        &self,
+        wanted: impl Fn(&str) -> bool,
+        figure: impl Fn(&str, &str) -> Option<String>,
+    ) -> String {
+        let scenarios: Vec<&str> =
+            self.scenarios.iter().map(String::as_str).filter(|scenario| wanted(scenario)).collect();
+        let rows = self.servers.iter().filter_map(|server| {
+            let figures: Vec<Option<String>> =
+                scenarios.iter().map(|scenario| figure(server, scenario)).collect();
+            figures.iter().any(Option::is_some).then(|| {
+                let figures =
+                    figures.into_iter().map(|figure| figure.unwrap_or_else(|| "–".to_owned()));
+                [server.clone()].into_iter().chain(figures).collect()
+            })
+        });
+        let rows = rows.collect();
+        let scenarios: Vec<String> = scenarios
+            .iter()
+            .map(|scenario| scenario.replace('x', "×").replace('+', " + "))
+            .collect();
+        let mut title = vec!["server"];
+        title.extend(scenarios.iter().map(String::as_str));
+        markdown(&title, rows)
+    }
+}
+
+fn bytes_of(scenario: &str) -> f64 {
+    scenario.rsplit('x').next().and_then(|bytes| bytes.parse().ok()).unwrap_or(0.0)
+}
+
+/// The middle one of the values, if there are any.
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
+
+/// A number without its fraction, with commas between the thousands.
+fn thousands(value: f64) -> String {
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (n, digit) in digits.chars().enumerate() {
+        if n > 0 && (digits.len() - n) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// A table that is readable as it is: the first column to the left, the others to the right.
+fn markdown(title: &[&str], rows: Vec<Vec<String>>) -> String {
+    let width = |n: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count());
+        cells.chain([title[n].chars().count(), 3]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..title.len()).map(width).collect();
+    let mut text = String::new();
+    let mut line = |cells: &mut dyn Iterator<Item = String>| {
+        for cell in cells {
+            // Writing to a String does not fail.
+            let _ = write!(text, "| {cell} ");
+        }
+        text.push_str("|\n");
+    };
+    let pad = |n: usize, cell: &str| match (n, widths[n]) {
+        (0, width) => format!("{cell:width$}"),
+        (_, width) => format!("{cell:>width$}"),
+    };
+    line(&mut title.iter().enumerate().map(|(n, cell)| pad(n, cell)));
+    line(&mut widths.iter().enumerate().map(|(n, &width)| match n {
+        0 => "-".repeat(width),
+        _ => "-".repeat(width - 1) + ":",
+    }));
+    for row in &rows {
+        line(&mut row.iter().enumerate().map(|(n, cell)| pad(n, cell)));
+    }
+    text
+}
