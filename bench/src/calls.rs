@@ -98,3 +98,28 @@ fn parse(report: &str) -> anyhow::Result<BTreeMap<String, u64>> {
     }
     Ok(calls)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_is_read_with_and_without_errors() {
+        let report = "\
+% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 50.00    0.000200           2       100           read
+ 50.00    0.000200          20        10         3 accept4
+------ ----------- ----------- --------- --------- ----------------
+100.00    0.000400           3       110         3 total
+";
+        let calls = [("accept4".to_owned(), 10), ("read".to_owned(), 100)];
+        assert_eq!(parse(report).unwrap(), BTreeMap::from(calls));
+    }
+
+    #[test]
+    fn what_is_no_report_is_an_error() {
+        assert!(parse("a\nb\nstrace: no such thing\n").is_err());
+    }
+}

@@ -315,3 +315,65 @@ impl Conn {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// A connection that has sent its first request of 64 bytes, and its server's end.
+    fn conn() -> (Conn, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let requests = requests(64, 3).unwrap();
+        let times = VecDeque::from([Instant::now()]);
+        let conn = Conn {
+            stream,
+            cell: 0,
+            bytes: 64,
+            requests,
+            sent: 64,
+            received: 0,
+            allowed: 64,
+            times,
+        };
+        (conn, listener.accept().unwrap().0)
+    }
+
+    /// The server answers `reply`; returns the number of replies that are whole.
+    fn receive(conn: &mut Conn, server: &mut TcpStream, reply: &[u8]) -> anyhow::Result<usize> {
+        server.write_all(reply).unwrap();
+        let mut done = 0;
+        conn.receive(&mut [0; 256], |_| done += 1).map(|()| done)
+    }
+
+    #[test]
+    fn a_reply_counts_when_it_is_whole() {
+        let (mut conn, mut server) = conn();
+        let reply = conn.requests[..64].to_vec();
+        assert_eq!(receive(&mut conn, &mut server, &reply[..63]).unwrap(), 0);
+        assert_eq!(receive(&mut conn, &mut server, &reply[63..]).unwrap(), 1);
+        assert_eq!(conn.allowed, 128);
+    }
+
+    #[test]
+    fn a_byte_that_was_not_sent_is_noticed() {
+        let (mut conn, mut server) = conn();
+        let mut reply = conn.requests[..64].to_vec();
+        reply[40] ^= 1;
+        let err = receive(&mut conn, &mut server, &reply).unwrap_err();
+        assert!(err.to_string().contains("not what was sent"), "{err}");
+    }
+
+    #[test]
+    fn scenarios_are_read_as_they_are_written() {
+        for text in ["1x1x64", "100x1x64+1x8x65535"] {
+            assert_eq!(text.parse::<Scenario>().unwrap().to_string(), text);
+        }
+        for text in ["", "1x1", "0x1x64", "1x1x7", "1x1x65536", "1x1x64+", "1x1x64x1"] {
+            assert!(text.parse::<Scenario>().is_err(), "{text:?}");
+        }
+    }
+}

@@ -135,8 +135,11 @@ fn output_of(program: &str, args: &[&str]) -> String {
     text.map_or_else(unknown, |text| String::from_utf8_lossy(&text).trim().to_owned())
 }
 
+/// Makes a table, as Markdown.
+pub type Table = fn(&Report) -> String;
+
 /// The tables, by the names under which the documentation asks for them.
-pub const TABLES: [(&str, fn(&Report) -> String); 9] = [
+pub const TABLES: [(&str, Table); 9] = [
     ("machine", Report::machine),
     ("cpu", Report::cpu),
     ("rate", Report::rate),
@@ -148,8 +151,8 @@ pub const TABLES: [(&str, fn(&Report) -> String); 9] = [
     ("calls", Report::calls),
 ];
 
-/// Connections that ping, with this under way beside them: the question of fairness.
-const BLAST: &str = "+";
+/// Before what goes on beside the first cell of a scenario.
+const BESIDE: char = '+';
 
 impl Report {
     /// Reads what [`to_json`](Self::to_json) has written.
@@ -186,7 +189,7 @@ impl Report {
     fn cpu(&self) -> String {
         let first = &self.servers[0];
         self.by_scenario(
-            |scenario| !scenario.contains(BLAST),
+            |scenario| !self.is_of_fairness(scenario),
             |server, scenario| {
                 let ratio = median(self.loads_of(server, scenario).filter_map(|turn| {
                     let floor =
@@ -206,7 +209,7 @@ impl Report {
     /// Replies per second.
     fn rate(&self) -> String {
         self.by_scenario(
-            |scenario| !scenario.contains(BLAST),
+            |scenario| !self.is_of_fairness(scenario),
             |server, scenario| {
                 median(self.loads_of(server, scenario).map(|turn| turn.rate)).map(thousands)
             },
@@ -216,7 +219,7 @@ impl Report {
     /// What half, 99 in 100 and 999 in 1,000 replies took at the most, in microseconds.
     fn latency(&self) -> String {
         self.by_scenario(
-            |scenario| !scenario.contains(BLAST),
+            |scenario| !self.is_of_fairness(scenario),
             |server, scenario| {
                 let quantiles: [fn(&Load) -> f64; 3] =
                     [|turn| turn.p50_us, |turn| turn.p99_us, |turn| turn.p999_us];
@@ -240,17 +243,21 @@ impl Report {
         )
     }
 
+    /// Whether a scenario has something beside it, or is there to be compared with one that has.
+    fn is_of_fairness(&self, scenario: &str) -> bool {
+        let both = |other: &String| other.split_once(BESIDE).is_some_and(|(it, _)| it == scenario);
+        scenario.contains(BESIDE) || self.scenarios.iter().any(both)
+    }
+
     /// The p99 of those who ping, alone and beside one that sends as fast as it can.
     fn fairness(&self) -> String {
-        let blasted = |scenario: &str| {
-            let alone =
-                |blast: &String| blast.split_once(BLAST).is_some_and(|(p, _)| p == scenario);
-            scenario.contains(BLAST) || self.scenarios.iter().any(alone)
-        };
-        self.by_scenario(blasted, |server, scenario| {
-            let p99 = median(self.loads_of(server, scenario).map(|turn| turn.p99_us))?;
-            Some(format!("{} µs", thousands(p99)))
-        })
+        self.by_scenario(
+            |scenario| self.is_of_fairness(scenario),
+            |server, scenario| {
+                let p99 = median(self.loads_of(server, scenario).map(|turn| turn.p99_us))?;
+                Some(format!("{} µs", thousands(p99)))
+            },
+        )
     }
 
     /// Clients per second, and what each of them costs.
@@ -337,7 +344,7 @@ impl Report {
         let rows = rows.collect();
         let scenarios: Vec<String> = scenarios
             .iter()
-            .map(|scenario| scenario.replace('x', "×").replace('+', " + "))
+            .map(|scenario| scenario.replace('x', "×").replace(BESIDE, " + "))
             .collect();
         let mut title = vec!["server"];
         title.extend(scenarios.iter().map(String::as_str));

@@ -1,0 +1,107 @@
+//! Counts what a server allocates while it serves. The server runs in this process and on a thread
+//! of its own, built from the chapter's own files: the counter sees nothing outside of its process.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use common::cli::Addr;
+use common::event_loop::{Callbacks, EventLoop, Interest};
+use common::message;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// What the server logs at info level, as its binary would.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Log {
+    fn addr(&self) -> SocketAddr {
+        let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let (_, addr) = log.trim().rsplit_once(' ').unwrap();
+        addr.parse().unwrap()
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How often the server that `new` makes allocates during so many messages of `size` bytes to each
+/// of `clients` connections, after as many that warm it up. `drain` stops it.
+#[track_caller]
+pub fn count<S>(
+    new: fn(&mut EventLoop<S>, &Addr) -> anyhow::Result<S>,
+    drain: fn(&mut S, &mut EventLoop<S>) -> anyhow::Result<()>,
+    clients: usize,
+    sizes: &[usize],
+    rounds: usize,
+) -> u64 {
+    let log = Log::default();
+    let writer = log.clone();
+    let _guard = tracing_subscriber::fmt()
+        .with_max_level(tracing::Level::INFO)
+        .with_ansi(false)
+        .with_writer(move || writer.clone())
+        .set_default();
+    let mut event_loop = EventLoop::new().unwrap();
+    let mut server = new(&mut event_loop, &"127.0.0.1:0".parse().unwrap()).unwrap();
+
+    let mut streams = Vec::new();
+    for _ in 0..clients {
+        let stream = TcpStream::connect(log.addr()).unwrap();
+        stream.set_nodelay(true).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        streams.push(stream);
+    }
+    let mut allocations = 0;
+    // The first time warms up: the blocks that it takes are there for the second one.
+    for _ in 0..2 {
+        let (stop, stopped) = UnixStream::pair().unwrap();
+        let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
+        let token = event_loop.add_io_event(&stopped, Interest::READ, callbacks).unwrap();
+        let (sizes, mut lent) = (sizes.to_vec(), streams);
+        let client = thread::spawn(move || {
+            for _ in 0..rounds {
+                echo(&mut lent, &sizes);
+            }
+            // Its end of the stream stops the server.
+            drop(stop);
+            lent
+        });
+        let measured = allocation_counter::measure(|| {
+            event_loop.event_process(&mut server).unwrap();
+        });
+        streams = client.join().unwrap();
+        event_loop.del_io_event(&stopped, token).unwrap();
+        allocations = measured.count_total;
+    }
+    drop(streams);
+    drain(&mut server, &mut event_loop).unwrap();
+    allocations
+}
+
+/// Every client sends a message of each size, all in one piece, and then gets them back.
+fn echo(streams: &mut [TcpStream], sizes: &[usize]) {
+    let mut request = Vec::new();
+    for &size in sizes {
+        request.extend(message::encode_header(1, size).unwrap());
+        request.resize(request.len() + size, 7);
+    }
+    for stream in &mut *streams {
+        stream.write_all(&request).unwrap();
+    }
+    let mut reply = vec![0; request.len()];
+    for stream in streams {
+        stream.read_exact(&mut reply).unwrap();
+        assert!(reply == request);
+    }
+}
