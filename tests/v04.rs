@@ -210,3 +210,16 @@ fn the_end_of_the_stream_inside_a_message_is_logged() {
         server.wait_for_log(&format!("{peer}: closed inside a message, {n} bytes into it"));
     }
 }
+
+/// A server that stops reads what has come, but no more than the high-water mark allows.
+#[test]
+fn stopping_takes_no_more_memory_than_serving() {
+    let mut server = Server::start(EXE);
+    let deaf = server.connect();
+    harness::send_until_stuck(&deaf, &frame(1, &pattern(1000, 1)).repeat(64_000));
+    server.signal(harness::Signal::SIGTERM);
+    assert_eq!(server.wait().code(), Some(0));
+    let log = server.wait_for_log("stopped; cut off: 1");
+    let most = log.strip_suffix(" B at most").and_then(|log| log.rsplit(' ').next()).unwrap();
+    assert!(most.parse::<u64>().unwrap() <= CHAPTER.stuck_kib * 1024, "{log}");
+}

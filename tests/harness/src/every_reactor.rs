@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,6 +68,7 @@ macro_rules! every_reactor {
             answers_what_came_before_the_signal,
             what_is_on_its_way_arrives_though_more_has_come,
             delivers_what_is_pending_before_it_stops,
+            a_client_that_has_everything_and_stays_is_not_cut_off,
             a_client_that_never_reads_does_not_keep_it_from_stopping,
         ]);
     };
@@ -76,6 +78,13 @@ impl Chapter {
     #[track_caller]
     fn start(&self) -> Server {
         Server::start(self.exe)
+    }
+
+    /// The same, and it logs what becomes of each connection.
+    #[track_caller]
+    fn start_talkative(&self) -> Server {
+        let args = ["--addr", "127.0.0.1:0"];
+        Server::from(Command::new(self.exe).args(args).env("RUST_LOG", "debug"))
     }
 
     /// Sends `payload` and gets it back.
@@ -449,22 +458,26 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     assert!(log.ends_with(", 4096 B at most") || log.ends_with(", 8192 B at most"), "{log}");
 }
 
+/// It does not wait for a client that nothing is under way for.
 pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let mut server = chapter.start();
+        let mut server = chapter.start_talkative();
         let idle = server.connect();
         chapter.ping(&idle, b"hello");
         server.signal(signal);
         assert_stopped_with_nothing_in_use(&mut server);
+        server.wait_for_log(&format!("{}: closed", idle.local_addr().unwrap()));
         assert_eq!(read_to_end(&idle), b"");
     }
 }
 
-/// From a few bytes to more than one read brings, and then the end of the stream and no reset.
+/// From a few bytes to more than one read brings, and then the end of the stream and no reset. The
+/// client closes too, and that is seen: it was told while the server was still there.
 pub fn answers_what_came_before_the_signal(chapter: Chapter) {
     for n in [1, 40_000, 300_000] {
-        let mut server = chapter.start();
+        let mut server = chapter.start_talkative();
         let client = server.connect();
+        let peer = client.local_addr().unwrap();
         chapter.ping(&client, b"hello");
         let messages = chapter.messages(n, 1);
         server.signal(Signal::SIGSTOP);
@@ -474,6 +487,7 @@ pub fn answers_what_came_before_the_signal(chapter: Chapter) {
         assert!(read_to_end(&client) == messages, "{n} bytes");
         drop(client);
         assert_stopped_with_nothing_in_use(&mut server);
+        server.wait_for_log(&format!("{peer}: closed"));
     }
 }
 
@@ -504,6 +518,20 @@ pub fn delivers_what_is_pending_before_it_stops(chapter: Chapter) {
     let received = read_to_end(&client);
     assert!(received.len() > 100_000 && sent.starts_with(&received));
     drop(client);
+    assert_stopped_with_nothing_in_use(&mut server);
+}
+
+pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
+    let mut server = chapter.start();
+    let client = server.connect();
+    chapter.ping(&client, b"hello");
+    let messages = chapter.messages(1, 1);
+    server.signal(Signal::SIGSTOP);
+    // In this order, so that the message is under way when the signal is looked at.
+    server.signal(Signal::SIGTERM);
+    write(&client, &messages);
+    server.signal(Signal::SIGCONT);
+    assert!(read_to_end(&client) == messages);
     assert_stopped_with_nothing_in_use(&mut server);
 }
 

@@ -18,7 +18,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{self, Signal};
+use nix::sys::signal;
+pub use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt::Linger, sockopt::RcvBuf};
 use nix::unistd::Pid;
 
