@@ -526,8 +526,9 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     let client = server.connect();
     chapter.ping(&client, b"hello");
     let messages = chapter.messages(1, 1);
+    // In this order, so that the signal is looked at first, with the message still to be read.
+    server.wait_until_asleep();
     server.signal(Signal::SIGSTOP);
-    // In this order, so that the message is under way when the signal is looked at.
     server.signal(Signal::SIGTERM);
     write(&client, &messages);
     server.signal(Signal::SIGCONT);
