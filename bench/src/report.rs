@@ -120,7 +120,7 @@ impl Machine {
             processors: thread::available_parallelism().map_or(0, usize::from),
             kernel: kernel.map_or_else(unknown, |release| release.trim().to_owned()),
             rustc: output_of("rustc", &["--version"]),
-            commit: output_of("git", &["describe", "--always", "--dirty", "--abbrev=12"]),
+            commit: output_of("git", &["-C", ROOT, "describe", "--always", "--dirty"]),
         }
     }
 }
@@ -134,6 +134,9 @@ fn output_of(program: &str, args: &[&str]) -> String {
     let text = output.filter(|output| output.status.success()).map(|output| output.stdout);
     text.map_or_else(unknown, |text| String::from_utf8_lossy(&text).trim().to_owned())
 }
+
+/// Where the repository was when this was built.
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Makes a table, as Markdown.
 pub type Table = fn(&Report) -> String;

@@ -1,0 +1,49 @@
+//! The bench program runs, and keeps what it has measured.
+
+// A test fails by a panic.
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::process::Command;
+
+use bench::report::Report;
+
+const PEERS: [&str; 4] = ["floor", "peer-mio", "peer-tokio", "peer-tokio-codec"];
+
+fn bench() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_bench"))
+}
+
+#[test]
+fn every_peer_can_be_measured() {
+    let json = std::env::temp_dir().join(format!("bench-test-{}.json", std::process::id()));
+    let output = bench()
+        .args(["--servers", &PEERS.join(","), "--rounds", "2", "--seconds", "0.05"])
+        .args(["--scenarios", "3x2x64,2x1x64+1x2x65535", "--idle", "20", "--no-calls", "--json"])
+        .arg(&json)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report = Report::from_json(&fs::read_to_string(&json).unwrap()).unwrap();
+    fs::remove_file(&json).unwrap();
+    assert_eq!(report.loads.len(), PEERS.len() * 2 * 2);
+    assert_eq!((report.accepts.len(), report.idle.len()), (PEERS.len() * 2, PEERS.len()));
+    assert!(report.loads.iter().all(|load| load.rate > 0.0 && load.cpu_ns > 0.0));
+    assert!(report.accepts.iter().all(|accept| accept.rate > 0.0));
+    // What is printed is made of what is kept.
+    let printed = String::from_utf8(output.stdout).unwrap();
+    for name in ["cpu", "rate", "latency", "fairness", "accept", "idle"] {
+        assert!(printed.contains(&report.table(name).unwrap()), "{name} in {printed}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_named() {
+    let output = bench().args(["--servers", "nobody"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("nobody"), "{output:?}");
+
+    let output = bench().args(["--scenarios", "1x1"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("CONNECTIONSxPIPELINExBYTES"));
+}
