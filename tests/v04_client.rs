@@ -29,6 +29,32 @@ fn serve<F: FnOnce(TcpStream) + Send + 'static>(turns: Vec<F>) -> (SocketAddr, J
     (addr, server)
 }
 
+/// How many bytes of lines the client takes from its standard input until it takes no more.
+#[track_caller]
+fn lines_taken(client: &mut Command) -> usize {
+    let mut child = client.stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    nix::fcntl::fcntl(&stdin, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    let line = [&[b'x'; 999][..], b"\n"].concat();
+    let (mut taken, mut quiet) = (0, 0);
+    while quiet < 3 {
+        match stdin.write(&line) {
+            Ok(n) => (taken, quiet) = (taken + n, 0),
+            Err(err) => {
+                assert_eq!(err.kind(), std::io::ErrorKind::WouldBlock);
+                thread::sleep(harness::QUIET);
+                quiet += 1;
+            }
+        }
+        if taken > 64 << 20 {
+            break;
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    taken
+}
+
 /// Sends everything back until the client closes.
 fn echo(mut stream: TcpStream) {
     let mut reader = stream.try_clone().unwrap();
@@ -181,6 +207,20 @@ fn only_so_much_is_sent_without_a_reply() {
 
 /// Small segments make the client's socket take little at a time, and no reply comes before
 /// everything has been sent.
+/// A pipe full, what is sent ahead and what one read brings: what cannot be sent yet stays where it
+/// is, also while there is no connection.
+#[test]
+fn reads_no_more_lines_than_it_may_send() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    let taken = lines_taken(&mut client(addr, &["--timeout", "60"]));
+    assert!((1 << 20..2 << 20).contains(&taken), "{taken} bytes");
+
+    drop(listener);
+    let taken = lines_taken(&mut client(addr, &["--retry", "1000"]));
+    assert!(taken <= 64 << 10, "{taken} bytes");
+}
+
 #[test]
 fn what_the_socket_does_not_take_is_sent_when_it_does() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -343,6 +383,18 @@ fn a_silent_server_is_given_up() {
     }]);
     let output = run_command(&mut client(addr, &["--timeout", "0.3", "a", "b"]));
     assert_fails(&output, "id=9 len=12 then nothing\n", "silent for 300ms; messages unanswered: 1");
+}
+
+/// The time-out counts from the last reply, and does count from there.
+#[test]
+fn a_server_that_falls_silent_after_a_late_reply_is_given_up() {
+    let (addr, _server) = serve(vec![|mut stream: TcpStream| {
+        thread::sleep(harness::QUIET);
+        write(&stream, &frame(9, b"late"));
+        let _ = stream.read_to_end(&mut Vec::new());
+    }]);
+    let output = run_command(&mut client(addr, &["--timeout", "2", "a", "b"]));
+    assert_fails(&output, "id=9 len=4 late\n", "silent for 2s; messages unanswered: 1");
 }
 
 #[test]

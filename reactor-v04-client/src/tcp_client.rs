@@ -265,7 +265,6 @@ impl TcpClient {
     /// that its writer has closed reports EPOLLHUP for ever.
     fn watch_stdin(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         let wanted = self.lines.is_some()
-            && self.waiting.is_empty()
             && self.in_flight < WINDOW
             && self.conn.as_ref().is_some_and(|conn| conn.connected);
         match self.stdin {
