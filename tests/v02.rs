@@ -5,11 +5,25 @@
 
 use std::net::{Shutdown, TcpStream};
 
+use harness::every_reactor::Chapter;
 use harness::{Server, assert_echo, assert_silent, exchange, pattern, read_to_end, write};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v02");
 
+const CHAPTER: Chapter =
+    Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64, midway_kib: 64 };
+
 harness::every_server!(EXE, assert_serves);
+// Of what the event loop's chapters promise, what has nothing to do with many clients.
+harness::every_reactor!(
+    CHAPTER,
+    [
+        what_came_before_the_fin_goes_back_after_it,
+        what_is_stuck_goes_back_after_the_fin,
+        a_slow_reader_gets_everything,
+        urgent_data_does_no_harm,
+    ]
+);
 
 #[track_caller]
 fn assert_serves(client: &TcpStream) {

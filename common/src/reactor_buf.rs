@@ -118,7 +118,10 @@ impl OutputBuf {
         if n == 0 {
             return Ok(());
         }
-        let block = with_room(&mut self.block, n, &self.pool)?;
+        let block = match &mut self.block {
+            Some(block) if block.room() >= n => block,
+            _ => with_room(&mut self.block, n, &self.pool)?,
+        };
         data.copy_to_slice(&mut block.room_mut()[..n]);
         block.filled(n);
         Ok(())

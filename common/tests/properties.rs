@@ -462,3 +462,91 @@ proptest! {
         }
     }
 }
+
+/// The model as the callbacks have it, and what they are to do to it.
+struct Batch {
+    live: Vec<Entry>,
+    plan: std::vec::IntoIter<LoopOp>,
+    /// Calls that should not have been.
+    wrong: Vec<(Token, bool)>,
+}
+
+fn add_to_batch(event_loop: &mut EventLoop<Batch>, interest: Interest) -> Entry {
+    let (socket, peer) = pair();
+    let callbacks = Callbacks {
+        read: Some(|event_loop: &mut EventLoop<Batch>, batch: &mut Batch, token| {
+            batch.called(event_loop, token, false)
+        }),
+        write: Some(|event_loop: &mut EventLoop<Batch>, batch: &mut Batch, token| {
+            batch.called(event_loop, token, true)
+        }),
+    };
+    let token = event_loop.add_io_event(&socket, interest, callbacks).unwrap();
+    Entry { socket, peer: Some(peer), token, interest, readable: false }
+}
+
+impl Batch {
+    /// Looks whether this call is due as things are now, and does the next thing to anyone.
+    fn called(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        token: Token,
+        write: bool,
+    ) -> io::Result<()> {
+        let due = self.live.iter().find(|entry| entry.token == token).map(Entry::due);
+        if !due.is_some_and(|(to_read, to_write)| if write { to_write } else { to_read }) {
+            self.wrong.push((token, write));
+        }
+        let Some(op) = self.plan.next() else { return Ok(()) };
+        let n = self.live.len().max(1);
+        match op {
+            LoopOp::Change(which, interest) => {
+                if let Some(entry) = self.live.get_mut(which % n) {
+                    event_loop.set_interest(&entry.socket, entry.token, interest)?;
+                    entry.interest = interest;
+                }
+            }
+            LoopOp::Delete(which) | LoopOp::Replace(which, _) if which % n < self.live.len() => {
+                let entry = self.live.swap_remove(which % n);
+                event_loop.del_io_event(&entry.socket, entry.token)?;
+                // Closed: who comes next gets the same fd.
+                drop(entry);
+                if let LoopOp::Replace(_, interest) = op {
+                    self.live.push(add_to_batch(event_loop, interest));
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    /// What a callback changes holds for the rest of the batch: who is deregistered is not called
+    /// any more, and who has its fd now is not called in its place.
+    #[test]
+    fn what_a_callback_changes_holds_at_once(
+        interests in vec((interest(), any::<bool>(), any::<bool>()), 2..12),
+        plan in loop_ops(),
+    ) {
+        let mut event_loop = EventLoop::new().unwrap();
+        let (plan, wrong) = (plan.into_iter(), Vec::new());
+        let mut batch = Batch { live: Vec::new(), plan, wrong };
+        for (interest, sends, closes) in interests {
+            let mut entry = add_to_batch(&mut event_loop, interest);
+            if let Some(peer) = entry.peer.as_mut().filter(|_| sends) {
+                peer.write_all(b"x").unwrap();
+                entry.readable = true;
+            }
+            entry.peer.take_if(|_| closes);
+            batch.live.push(entry);
+        }
+        let second = |event_loop: &mut EventLoop<Batch>, _: &mut Batch, token| {
+            event_loop.run_after(Duration::ZERO, token, EventLoop::stop_callback).map(drop)
+        };
+        event_loop.run_after(Duration::ZERO, Token::default(), second).unwrap();
+        event_loop.event_process(&mut batch).unwrap();
+        prop_assert_eq!(batch.wrong, []);
+        prop_assert_eq!(event_loop.registered(), batch.live.len());
+    }
+}

@@ -228,11 +228,13 @@ impl TcpClient {
 
     /// Sends what may be sent, and settles what the client waits for next.
     fn do_write(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
+        let owed = self.is_owed();
         let Some(conn) = self.conn.as_mut().filter(|conn| conn.connected) else { return Ok(()) };
-        if self.unanswered.is_empty() {
+        if !owed {
             self.heard = Instant::now();
         }
-        while self.in_flight < WINDOW {
+        // A server that replies to what it has not read must not open the window by that.
+        while self.in_flight.max(conn.output.len()) < WINDOW {
             let Some(message) = self.waiting.pop_front() else { break };
             conn.send_message(&message, self.args.id)?;
             self.in_flight += HEADER_LEN + message.len();
@@ -240,11 +242,17 @@ impl TcpClient {
         }
         conn.flush(event_loop)?;
         self.watch_stdin(event_loop)?;
-        if self.waiting.is_empty() && self.unanswered.is_empty() && self.lines.is_none() {
+        if self.waiting.is_empty() && !self.is_owed() && self.lines.is_none() {
             event_loop.stop();
             return self.stdin_error.take().map_or(Ok(()), Err);
         }
         self.watch_for_silence(event_loop)
+    }
+
+    /// Whether the server has something to do: to reply, or first to read.
+    fn is_owed(&self) -> bool {
+        !self.unanswered.is_empty()
+            || self.conn.as_ref().is_some_and(|conn| !conn.output.is_empty())
     }
 
     /// Takes in the next lines of standard input.
@@ -292,7 +300,7 @@ impl TcpClient {
     /// Sets the timer while the server owes something, unless it is set already.
     fn watch_for_silence(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         let connecting = self.conn.as_ref().is_some_and(|conn| !conn.connected);
-        if self.silence_timer.is_none() && (connecting || !self.unanswered.is_empty()) {
+        if self.silence_timer.is_none() && (connecting || self.is_owed()) {
             let left = self.args.timeout.saturating_sub(self.heard.elapsed());
             let timer = event_loop.run_after(left, Token::default(), silence_callback)?;
             self.silence_timer = Some(timer);
@@ -309,7 +317,7 @@ impl TcpClient {
         }
         let Some(conn) = &self.conn else { return Ok(()) };
         let (timeout, n) = (self.args.timeout, self.unanswered.len());
-        if self.heard.elapsed() < timeout || (conn.connected && n == 0) {
+        if self.heard.elapsed() < timeout || (conn.connected && !self.is_owed()) {
             return self.watch_for_silence(event_loop);
         }
         if conn.connected {

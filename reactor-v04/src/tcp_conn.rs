@@ -3,11 +3,10 @@
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use bytes::Buf;
 use common::buf_pool::BufPool;
-use common::event_loop::{Callbacks, EventLoop, Interest, TimerId, Token};
+use common::event_loop::{Callbacks, EventLoop, Interest, Token};
 use common::message;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use tracing::{trace, warn};
@@ -17,10 +16,6 @@ use crate::tcp_server::TcpServer;
 /// With more unsent output than this, in bytes, a connection reads no more until all of it is
 /// sent. The replies to one more read still fit a block of 1 MiB.
 const HIGH_WATER: usize = (1024 - 64) * 1024;
-
-/// How long a client that has been refused may take to read the replies from before that and to
-/// close its side, even if it keeps sending.
-const LINGER: Duration = Duration::from_secs(30);
 
 /// How many times a server that stops reads from each client to take in what has come.
 const DRAIN_READS: usize = 16;
@@ -45,16 +40,6 @@ fn conn_wt_callback(
     server.with_conn(event_loop, token, TcpConn::do_write)
 }
 
-/// A client that has been refused takes too long.
-fn deadline_callback(
-    event_loop: &mut EventLoop<TcpServer>,
-    server: &mut TcpServer,
-    token: Token,
-) -> io::Result<()> {
-    trace!("deadline_callback");
-    server.with_conn(event_loop, token, TcpConn::do_give_up)
-}
-
 /// What the client's messages are for: the course's business is an echo.
 fn callback_busi(conn: &mut TcpConn, payload: &[u8], id: i32) -> anyhow::Result<()> {
     conn.send_message(payload, id)
@@ -70,7 +55,6 @@ pub struct TcpConn {
     phase: Phase,
     /// Has passed [`HIGH_WATER`] and not been emptied since.
     full: bool,
-    deadline: Option<TimerId>,
 }
 
 /// Where a connection is between its first message and its last.
@@ -83,7 +67,8 @@ enum Phase {
     /// The server wants no more. It writes what is left, and throws away what comes.
     Closing,
     /// All is written and the client has been told so (FIN). To close before it closes too could
-    /// reset the connection, and take away replies that it has not read yet.
+    /// reset the connection, and take away replies that it has not read yet. How long it takes is up
+    /// to the client: no byte of it is kept, so that it costs no more than one that is idle.
     Lingering,
 }
 
@@ -102,18 +87,18 @@ impl TcpConn {
         let token = event_loop.add_io_event(&stream, Interest::READ, callbacks)?;
         let (input, output) = (InputBuf::new(pool), OutputBuf::new(pool));
         let phase = Phase::Open;
-        Ok(Self { stream, peer, token, input, output, phase, full: false, deadline: None })
+        Ok(Self { stream, peer, token, input, output, phase, full: false })
     }
 
     fn do_read(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
-        self.take_in(event_loop)?;
+        self.take_in()?;
         // The socket nearly always has room. To ask epoll first, as chapter 3 does, would cost two
         // epoll_ctl and one epoll_wait more.
         self.flush(event_loop)
     }
 
     /// Reads once and handles what has come. Returns whether anything has.
-    fn take_in(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<bool> {
+    fn take_in(&mut self) -> io::Result<bool> {
         match self.input.read_from(&self.stream)? {
             None => return Ok(false),
             Some(0) => {
@@ -126,8 +111,6 @@ impl TcpConn {
                 if let Err(err) = self.handle_messages() {
                     warn!("{}: refused: {err:#}", self.peer);
                     self.phase = Phase::Closing;
-                    let deadline = event_loop.run_after(LINGER, self.token, deadline_callback)?;
-                    self.deadline = Some(deadline);
                 }
             }
             Some(_) => drop(self.input.take()),
@@ -196,7 +179,7 @@ impl TcpConn {
         let mut idle = self.phase == Phase::Open && self.output.is_empty();
         for _ in 0..DRAIN_READS {
             let more = self.phase == Phase::Open && self.output.len() <= HIGH_WATER;
-            if !more || !self.take_in(event_loop)? {
+            if !more || !self.take_in()? {
                 break;
             }
             idle = false;
@@ -210,19 +193,11 @@ impl TcpConn {
         self.flush(event_loop)
     }
 
-    fn do_give_up(&mut self, _: &mut EventLoop<TcpServer>) -> io::Result<ControlFlow<()>> {
-        let why = format!("refused, and not closed by the client within {LINGER:?}");
-        Err(io::Error::new(io::ErrorKind::TimedOut, why))
-    }
-
     pub fn has_pending(&self) -> bool {
         !self.output.is_empty()
     }
 
     pub fn clean_conn(&mut self, event_loop: &mut EventLoop<TcpServer>) -> io::Result<()> {
-        if let Some(deadline) = self.deadline.take() {
-            event_loop.cancel_timer(deadline);
-        }
         event_loop.del_io_event(&self.stream, self.token)
     }
 }

@@ -22,6 +22,8 @@ fn main() -> anyhow::Result<()> {
         for event in &events[..n] {
             if event.data() == listener_fd {
                 let (stream, _) = listener.accept()?;
+                // As chapter 4 and the other peers do.
+                stream.set_nodelay(true)?;
                 let fd = stream.as_raw_fd() as usize;
                 epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, fd as u64))?;
                 if streams.len() <= fd {

@@ -93,17 +93,23 @@ impl Chapter {
         assert_echo(client, &(self.message)(payload));
     }
 
-    /// Pings, of which each is answered within a second, but for a few when this machine has other
-    /// things to do.
+    /// A hundred pings, each answered within a second. This machine may have other things to do for
+    /// a while: then it has to be true a little later.
     #[track_caller]
     fn assert_served_within_the_second(&self, client: &TcpStream) {
         let mut late = 0;
-        for _ in 0..100 {
-            let start = Instant::now();
-            self.ping(client, b"served within the second");
-            late += usize::from(start.elapsed() > Duration::from_secs(1));
+        for _ in 0..5 {
+            late = 0;
+            for _ in 0..100 {
+                let start = Instant::now();
+                self.ping(client, b"served within the second");
+                late += usize::from(start.elapsed() > Duration::from_secs(1));
+            }
+            if late == 0 {
+                return;
+            }
         }
-        assert!(late < 10, "{late} of 100 were not");
+        panic!("{late} of the last 100 were not");
     }
 
     /// About `n` bytes of whole messages.
@@ -321,33 +327,36 @@ pub fn a_reset_ends_one_connection_and_is_logged(chapter: Chapter) {
 pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
     let server = chapter.start();
     let fds = server.fds();
-    let message = (chapter.message)(&pattern(10_000, 1));
-    for n in 0..200 {
-        let stopped = n % 8 < 4;
-        if stopped {
-            server.signal(Signal::SIGSTOP);
-        }
-        let client = server.connect();
-        match n % 4 {
-            0 => {}
-            1 => write(&client, &message[..message.len() / 2]),
-            2 => write(&client, &message),
-            _ => {
-                write(&client, &message);
-                client.shutdown(Shutdown::Write).unwrap();
-            }
-        }
-        reset(client);
-        if stopped {
-            server.signal(Signal::SIGCONT);
-        }
-    }
     for _ in 0..3 {
         let client = server.connect();
         chapter.stuff(&client);
         reset(client);
     }
-    wait_until("all are closed", || server.fds() == fds);
+    let message = (chapter.message)(&pattern(10_000, 1));
+    let resets = |count: usize| {
+        for n in 0..count {
+            let stopped = n % 8 < 4;
+            if stopped {
+                server.signal(Signal::SIGSTOP);
+            }
+            let client = server.connect();
+            match n % 4 {
+                0 => {}
+                1 => write(&client, &message[..message.len() / 2]),
+                2 => write(&client, &message),
+                _ => {
+                    write(&client, &message);
+                    client.shutdown(Shutdown::Write).unwrap();
+                }
+            }
+            reset(client);
+            if stopped {
+                server.signal(Signal::SIGCONT);
+            }
+        }
+        wait_until("all are closed", || server.fds() == fds);
+    };
+    assert_costs_no_memory(&server, resets, 1000);
     chapter.ping(&server.connect(), b"served");
     assert_stops_with_nothing_in_use(server);
 }
@@ -355,15 +364,29 @@ pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
 pub fn thousands_who_say_nothing_leave_nothing_behind(chapter: Chapter) {
     let server = chapter.start();
     let fds = server.fds();
-    for n in 0..3000 {
-        let client = server.connect();
-        if n % 2 == 0 {
-            reset(client);
+    let come_and_go = |count| {
+        for n in 0..count {
+            let client = server.connect();
+            if n % 2 == 0 {
+                reset(client);
+            }
         }
-    }
-    wait_until("all are closed", || server.fds() == fds);
+        wait_until("all are closed", || server.fds() == fds);
+    };
+    assert_costs_no_memory(&server, come_and_go, 1500);
     chapter.ping(&server.connect(), b"served");
     assert_stops_with_nothing_in_use(server);
+}
+
+/// Runs `clients` twice, `count` of them each time: by the second time the server has all that it
+/// needs, and grows no more. A kilobyte left behind by each of them would show.
+#[track_caller]
+fn assert_costs_no_memory(server: &Server, clients: impl Fn(usize), count: usize) {
+    clients(count);
+    let before = server.status("VmRSS");
+    clients(count);
+    let grown = server.status("VmRSS").saturating_sub(before);
+    assert!(grown < count as u64, "by {grown} KiB");
 }
 
 /// Urgent data (MSG_OOB) is not part of the stream, and nobody has asked for it.
@@ -443,12 +466,16 @@ pub fn serves_whom_it_has_when_it_is_out_of_fds(chapter: Chapter) {
 
 pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     let mut server = chapter.start();
+    chapter.ping(&server.connect(), b"hello");
+    let before = server.status("VmRSS");
     // Fewer where the administrator allows no more.
     let n = 10_000.min(raise_fd_limit() - 500);
     let clients: Vec<TcpStream> = (0..n).map(|_| server.connect()).collect();
     for client in &clients {
         chapter.ping(client, b"hello");
     }
+    let each = (server.status("VmRSS") - before) * 1024 / n as u64;
+    assert!(each <= 300, "{each} bytes each");
     server.wait_until_asleep();
     server.signal(Signal::SIGTERM);
     assert_stopped_with_nothing_in_use(&mut server);

@@ -304,6 +304,23 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
     }
 }
 
+/// Waits until the peer on this machine has read all that was written to it, says /proc/net/tcp.
+#[track_caller]
+pub fn wait_until_taken(stream: &TcpStream) {
+    let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
+    let ours = port(stream.local_addr().unwrap());
+    let theirs = port(stream.peer_addr().unwrap());
+    wait_until("the peer has read everything", || {
+        let table = fs::read_to_string("/proc/net/tcp").unwrap();
+        table.lines().skip(1).any(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            fields[1].ends_with(&theirs)
+                && fields[2].ends_with(&ours)
+                && fields[4].ends_with(":00000000")
+        })
+    });
+}
+
 /// Looks for a while and finds that nothing comes, neither bytes nor the end.
 #[track_caller]
 pub fn assert_silent(mut stream: &TcpStream) {

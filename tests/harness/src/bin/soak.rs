@@ -13,7 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use clap::Parser;
 use harness::{
-    Random, Server, connect, frame, raise_fd_limit, read, read_to_end, reset, wait_until, write,
+    Random, Server, connect, frame, raise_fd_limit, read, read_slowly, read_to_end, reset,
+    wait_until, write,
 };
 use nix::sys::signal::Signal;
 
@@ -77,9 +78,14 @@ impl Target {
         Self { server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
     }
 
-    fn sample(&mut self) {
-        self.most_fds = self.most_fds.max(self.server.fds());
-        self.memory.push(self.server.status("VmRSS"));
+    /// Whether it is still there.
+    fn sample(&mut self) -> bool {
+        let running = self.server.is_running();
+        if running {
+            self.most_fds = self.most_fds.max(self.server.fds());
+            self.memory.push(self.server.status("VmRSS"));
+        }
+        running
     }
 
     /// Nothing may have stayed behind, and memory must not rise for ever.
@@ -94,6 +100,15 @@ impl Target {
         assert_eq!(server.wait().code(), Some(0));
         server.wait_for_log("stopped; cut off: 0; still registered: 0; buffers: 0 B in use");
         format!("{most_fds} fds and {} KiB at the most, {idle_fds} fds at the end", early.max(late))
+    }
+}
+
+/// What is needed to find out more, whatever has gone wrong.
+impl Drop for Target {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("a server's log:\n{}", self.server.log());
+        }
     }
 }
 
@@ -117,7 +132,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Whether all clients got what they should.
+/// Whether all clients got what they should, and the servers are still there.
 fn churn(args: &Args, seed: u64, targets: &mut [&mut Target], totals: &Totals) -> bool {
     let start = Instant::now();
     let end = Duration::from_secs(args.seconds);
@@ -132,15 +147,21 @@ fn churn(args: &Args, seed: u64, targets: &mut [&mut Target], totals: &Totals) -
                 clients.push(scope.spawn(move || client.run(random)));
             }
         }
+        let mut running = true;
         // A client ends early only by a panic, which has said what it found.
-        while start.elapsed() < end && clients.iter().all(|client| !client.is_finished()) {
+        while start.elapsed() < end && running && clients.iter().all(|client| !client.is_finished())
+        {
             thread::sleep(Duration::from_secs(1).min(end.saturating_sub(start.elapsed())));
-            targets.iter_mut().for_each(|target| target.sample());
+            running = targets.iter_mut().all(|target| target.sample());
             eprint!("\r{:5} s, {totals} ", start.elapsed().as_secs());
         }
         eprintln!();
+        if !running {
+            eprintln!("a server has ended");
+        }
         totals.stop.store(true, Ordering::Relaxed);
-        clients.into_iter().map(|client| client.join()).filter(Result::is_err).count() == 0
+        let failed = clients.into_iter().map(|client| client.join()).filter(Result::is_err).count();
+        running && failed == 0
     })
 }
 
@@ -157,7 +178,7 @@ impl Client<'_> {
         while !self.totals.stop.load(Ordering::Relaxed) {
             let stream = connect(self.addr);
             self.totals.connections.fetch_add(1, Ordering::Relaxed);
-            match random.below(9) {
+            match random.below(10) {
                 0 => drop(stream),
                 1 => reset(stream),
                 2 => self.talk(&stream, &mut random),
@@ -166,6 +187,7 @@ impl Client<'_> {
                 5 => self.stall(&stream, &mut random),
                 6 => self.reset_midway(stream, &mut random),
                 7 => self.go_without_reading(stream, &mut random),
+                8 => self.read_late(&stream, &mut random),
                 _ => self.send_garbage(&stream, &mut random),
             }
         }
@@ -234,6 +256,18 @@ impl Client<'_> {
         let messages = self.messages(random).repeat(20);
         stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
         let _ = stream.write_all(&messages);
+    }
+
+    /// Sends everything and its end before it reads the first byte, and reads slowly.
+    fn read_late(self, stream: &TcpStream, random: &mut Random) {
+        let mut messages = self.messages(random);
+        while messages.len() < 300_000 {
+            messages.extend(self.message(random));
+        }
+        write(stream, &messages);
+        stream.shutdown(Shutdown::Write).unwrap();
+        thread::sleep(Duration::from_millis(random.below(200) as u64));
+        self.expect(&read_slowly(stream), &messages);
     }
 
     fn send_garbage(self, stream: &TcpStream, random: &mut Random) {
