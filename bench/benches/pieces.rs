@@ -43,7 +43,7 @@ fn io_buf(c: &mut Criterion) {
     }
 }
 
-/// Bytes through a socket by the two buffers: one write(2) and one read(2).
+/// Bytes through a socket by the two buffers: one system call each.
 fn reactor_buf(c: &mut Criterion) {
     let pool = BufPool::new(1 << 30);
     let (mut input, mut output) = (InputBuf::new(&pool), OutputBuf::new(&pool));

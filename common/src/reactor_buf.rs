@@ -2,12 +2,10 @@
 //!
 //! Both hold a block only while they hold bytes: ten thousand idle connections hold none.
 
-use std::io;
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 
 use bytes::Buf;
-use nix::errno::Errno;
-use nix::unistd;
 use tracing::trace;
 
 use crate::buf_pool::{BufPool, PoolError, SIZE_CLASSES};
@@ -42,8 +40,8 @@ impl InputBuf {
     /// block of the next size.
     ///
     /// # Errors
-    /// What read(2) says, and [`PoolError`] as [`io::ErrorKind::OutOfMemory`]. The data stays.
-    pub fn read_from<F: AsFd>(&mut self, fd: F) -> io::Result<Option<usize>> {
+    /// What recv(2) says, and [`PoolError`] as [`ErrorKind::OutOfMemory`]. The data stays.
+    pub fn read_from<R: Read + AsFd>(&mut self, mut socket: R) -> io::Result<Option<usize>> {
         let room = match &self.block {
             None => self.next_read,
             // Half of what is not data, lest data at the end of a block make many small reads.
@@ -55,10 +53,10 @@ impl InputBuf {
             Err(_) => with_room(&mut self.block, 1, &self.pool)?,
         };
         let room = block.room();
-        let result = retry_interrupted(|| unistd::read(&fd, block.room_mut()));
+        let result = retry_interrupted(|| socket.read(block.room_mut()));
         if let Ok(Some(n)) = result {
             block.filled(n);
-            trace!("read: {n} bytes from fd {} into {block:?}", fd.as_fd().as_raw_fd());
+            trace!("read: {n} bytes from fd {} into {block:?}", socket.as_fd().as_raw_fd());
             self.adapt(n, room);
         }
         drop_if_empty(&mut self.block);
@@ -145,13 +143,13 @@ impl OutputBuf {
     /// number of bytes written.
     ///
     /// # Errors
-    /// What write(2) says, EPIPE and ECONNRESET as a rule.
-    pub fn write_to<F: AsFd>(&mut self, fd: F) -> io::Result<usize> {
+    /// What send(2) says, EPIPE and ECONNRESET as a rule.
+    pub fn write_to<W: Write + AsFd>(&mut self, mut socket: W) -> io::Result<usize> {
         let mut written = 0;
         while let Some(block) = &mut self.block {
-            let result = retry_interrupted(|| unistd::write(&fd, block.data()))?;
+            let result = retry_interrupted(|| socket.write(block.data()))?;
             let Some(n @ 1..) = result else { break };
-            trace!("write: {n} of {} bytes to fd {}", block.len(), fd.as_fd().as_raw_fd());
+            trace!("write: {n} of {} bytes to fd {}", block.len(), socket.as_fd().as_raw_fd());
             block.pop(n);
             written += n;
             drop_if_empty(&mut self.block);
@@ -208,13 +206,12 @@ fn drop_if_empty(slot: &mut Option<IoBuf>) {
 }
 
 /// Repeats a system call that a signal interrupted (EINTR), and makes "not now" (EAGAIN) a value.
-fn retry_interrupted(mut call: impl FnMut() -> nix::Result<usize>) -> io::Result<Option<usize>> {
+fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
     loop {
         match call() {
-            Ok(n) => return Ok(Some(n)),
-            Err(Errno::EINTR) => {}
-            Err(Errno::EAGAIN) => return Ok(None),
-            Err(errno) => return Err(errno.into()),
+            Err(err) if err.kind() == ErrorKind::Interrupted => {}
+            Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(None),
+            result => return result.map(Some),
         }
     }
 }

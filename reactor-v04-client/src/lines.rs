@@ -1,7 +1,9 @@
 //! Where the messages come from that are not in the arguments: the lines of standard input.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
@@ -11,14 +13,19 @@ use common::reactor_buf::InputBuf;
 
 /// The lines of standard input, each a message.
 pub struct Lines {
+    /// Without the buffer that std puts before it, which epoll would not know of.
+    stdin: File,
     input: InputBuf,
     /// How many lines have been taken.
     count: u64,
 }
 
 impl Lines {
-    pub fn new(pool: &BufPool) -> Self {
-        Self { input: InputBuf::new(pool), count: 0 }
+    /// # Errors
+    /// What fcntl(2) says: there is no fd left.
+    pub fn new(pool: &BufPool) -> io::Result<Self> {
+        let stdin = io::stdin().as_fd().try_clone_to_owned()?.into();
+        Ok(Self { stdin, input: InputBuf::new(pool), count: 0 })
     }
 
     /// Reads standard input once, adds the lines that are whole to `lines`, without their line
@@ -28,7 +35,7 @@ impl Lines {
     /// A line is longer than a message may be, or read(2) fails. The lines before that have been
     /// added; no more can be had.
     pub fn read(&mut self, lines: &mut VecDeque<Bytes>) -> anyhow::Result<bool> {
-        let n = self.input.read_from(io::stdin()).context("cannot read standard input")?;
+        let n = self.input.read_from(&self.stdin).context("cannot read standard input")?;
         let Some(mut block) = self.input.take() else { return Ok(n != Some(0)) };
         while let Some(end) = block.data().iter().position(|&byte| byte == b'\n') {
             self.add(&block.data()[..end], lines)?;

@@ -91,7 +91,7 @@ impl TcpClient {
             }
             waiting.push_back(message);
         }
-        let lines = waiting.is_empty().then(|| Lines::new(&pool));
+        let lines = waiting.is_empty().then(|| Lines::new(&pool)).transpose()?;
         if lines.is_some() && io::stdin().is_terminal() {
             waiting.push_back(Bytes::from_static(b"hello lars!"));
         }
