@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
@@ -41,6 +42,8 @@ pub struct Machine {
     pub processors: usize,
     /// The version of Linux.
     pub kernel: String,
+    /// TCP's congestion control, cubic as a rule. It is what limits large messages.
+    pub congestion_control: String,
     /// What `rustc --version` says.
     pub rustc: String,
     /// The commit that was measured, `-dirty` if not only that.
@@ -114,11 +117,15 @@ impl Machine {
     pub fn this_one() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: "));
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").ok();
+        let sysctl = |name| match fs::read_to_string(Path::new("/proc/sys").join(name)) {
+            Ok(value) => value.trim().to_owned(),
+            Err(_) => unknown(),
+        };
         Self {
             processor: model.map_or_else(unknown, str::to_owned),
             processors: thread::available_parallelism().map_or(0, usize::from),
-            kernel: kernel.map_or_else(unknown, |release| release.trim().to_owned()),
+            kernel: sysctl("kernel/osrelease"),
+            congestion_control: sysctl("net/ipv4/tcp_congestion_control"),
             rustc: output_of("rustc", &["--version"]),
             commit: output_of("git", &["-C", ROOT, "describe", "--always", "--dirty"]),
         }
@@ -180,11 +187,12 @@ impl Report {
     }
 
     fn machine(&self) -> String {
-        let Machine { processor, processors, kernel, rustc, commit } = &self.machine;
+        let Machine { processor, processors, kernel, congestion_control, rustc, commit } =
+            &self.machine;
         let Self { rounds, seconds, .. } = self;
         format!(
-            "{processor}, {processors} processors, Linux {kernel}, {rustc}, commit {commit}; \
-             medians of {rounds} rounds of {seconds} s each.\n"
+            "{processor}, {processors} processors, Linux {kernel}, TCP {congestion_control}, \
+             {rustc}, commit {commit}; medians of {rounds} rounds of {seconds} s each.\n"
         )
     }
 

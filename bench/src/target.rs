@@ -73,7 +73,8 @@ impl Target {
     pub fn start(mut command: Command, cpu: usize) -> anyhow::Result<Self> {
         let program = PathBuf::from(command.get_program());
         let mut child = command
-            .env_remove("RUST_LOG")
+            // Where it listens, and not the clients that the load resets: no peer logs them.
+            .env("RUST_LOG", "common=info")
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()

@@ -19,6 +19,7 @@ fn report() -> Report {
             processor: unknown(),
             processors: 2,
             kernel: unknown(),
+            congestion_control: unknown(),
             rustc: unknown(),
             commit: unknown(),
         },

@@ -59,8 +59,8 @@ mod tests {
     use super::*;
 
     fn report() -> Report {
-        let machine = r#"{"processor": "P", "processors": 2, "kernel": "K", "rustc": "R",
-            "commit": "C"}"#;
+        let machine = r#"{"processor": "P", "processors": 2, "kernel": "K",
+            "congestion_control": "C", "rustc": "R", "commit": "C"}"#;
         let accepts = r#"[{"server": "floor", "round": 0, "rate": 1234.5, "cpu_ns": 20000}]"#;
         Report::from_json(&format!(
             r#"{{"machine": {machine}, "rounds": 1, "seconds": 1.0, "servers": ["floor"],
