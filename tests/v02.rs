@@ -41,7 +41,7 @@ fn echoes_as_it_goes() {
     }
 }
 
-/// The sizes around every class of blocks. (The C++ v0.2 loses count of partial writes.)
+/// The sizes around every class of blocks.
 #[test]
 fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);
@@ -88,7 +88,7 @@ fn a_reset_while_it_cannot_write_ends_that_connection_only() {
     harness::wait_until("both are closed", || server.fds() == fds);
 }
 
-/// The C++ v0.2 exits.
+/// The C++ v0.2 exits if it is a write that meets the reset.
 #[test]
 fn a_reset_ends_one_connection_and_is_logged() {
     let server = Server::start(EXE);

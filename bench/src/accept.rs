@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use common::event_loop::{Callbacks, EventLoop, Interest, Token};
 use common::{message, net};
 use nix::libc;
@@ -16,6 +16,9 @@ use crate::target::Target;
 
 /// How many clients there are at a time.
 const AT_A_TIME: usize = 16;
+
+/// What chapter 1 says.
+const HELLO: &[u8] = b"hello Lars\n";
 
 /// What came out.
 pub struct Figures {
@@ -29,17 +32,24 @@ pub struct Figures {
 
 struct Load {
     addr: SocketAddr,
-    /// What each client sends, nothing for a server that says hello.
+    /// What each client sends, nothing to a server that says hello.
     request: Vec<u8>,
-    streams: HashMap<Token, TcpStream>,
+    /// What it gets.
+    reply: Vec<u8>,
+    clients: HashMap<Token, Client>,
     served: u64,
     failure: Option<anyhow::Error>,
+}
+
+struct Client {
+    stream: TcpStream,
+    received: Vec<u8>,
 }
 
 /// Sends clients to `target` for `duration`. If it echoes, each of them sends a message of 64 bytes.
 ///
 /// # Errors
-/// A client fails.
+/// A client fails, or gets something else than it should.
 pub fn run(target: &Target, echoes: bool, duration: Duration) -> anyhow::Result<Figures> {
     let mut request = Vec::new();
     if echoes {
@@ -47,8 +57,9 @@ pub fn run(target: &Target, echoes: bool, duration: Duration) -> anyhow::Result<
         request.resize(64, 7);
     }
     let mut event_loop = EventLoop::new()?;
-    let (addr, streams) = (target.addr, HashMap::new());
-    let mut load = Load { addr, request, streams, served: 0, failure: None };
+    let reply = if echoes { request.clone() } else { HELLO.to_vec() };
+    let (addr, clients) = (target.addr, HashMap::new());
+    let mut load = Load { addr, request, reply, clients, served: 0, failure: None };
     for _ in 0..AT_A_TIME {
         load.connect(&mut event_loop)?;
     }
@@ -66,33 +77,36 @@ impl Load {
         setsockopt(&stream, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
         let callbacks = Callbacks { read: Some(read_callback), write: Some(write_callback) };
         let token = event_loop.add_io_event(&stream, Interest::WRITE, callbacks)?;
-        self.streams.insert(token, stream);
+        self.clients.insert(token, Client { stream, received: Vec::new() });
         Ok(())
     }
 
     /// Connected: says what there is to say.
     fn send(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
-        let Some(mut stream) = self.streams.get(&token) else { return Ok(()) };
+        let Some(Client { stream, .. }) = self.clients.get_mut(&token) else { return Ok(()) };
         if let Some(err) = stream.take_error()? {
             return Err(err).context("cannot connect to the server");
         }
         stream.write_all(&self.request).context("sending a request")?;
-        Ok(event_loop.set_interest(stream, token, Interest::READ)?)
+        Ok(event_loop.set_interest(&*stream, token, Interest::READ)?)
     }
 
     /// Served: makes room for the next one.
     fn receive(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
-        let Some(mut stream) = self.streams.get(&token) else { return Ok(()) };
-        let mut reply = [0; 256];
-        let n = match stream.read(&mut reply) {
+        let Some(client) = self.clients.get_mut(&token) else { return Ok(()) };
+        let mut bytes = [0; 256];
+        match client.stream.read(&mut bytes) {
             Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(()),
-            result => result.context("reading a reply")?,
-        };
-        if n < self.request.len().max(1) {
-            bail!("only {n} bytes came back");
+            Err(err) => return Err(err).context("reading a reply"),
+            Ok(0) => bail!("the server has closed after {} bytes", client.received.len()),
+            Ok(n) => client.received.extend_from_slice(&bytes[..n]),
         }
-        event_loop.del_io_event(stream, token)?;
-        self.streams.remove(&token);
+        ensure!(self.reply.starts_with(&client.received), "a reply is not what it should be");
+        if client.received.len() < self.reply.len() {
+            return Ok(());
+        }
+        event_loop.del_io_event(&client.stream, token)?;
+        self.clients.remove(&token);
         self.served += 1;
         self.connect(event_loop)
     }

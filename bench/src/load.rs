@@ -129,7 +129,7 @@ struct Conn {
 /// Loads `target` for `warm_up` and then, measured, for `duration`.
 ///
 /// # Errors
-/// A connection fails, or a byte that comes back is not the one that was sent.
+/// A connection fails, a byte that comes back is not the one that was sent, or none comes any more.
 pub fn run(
     target: &Target,
     scenario: &Scenario,
@@ -166,6 +166,8 @@ pub fn run(
     let (start, cpu) = (Instant::now(), target.cpu()?);
     load.run_for(&mut event_loop, duration)?;
     let (elapsed, cpu) = (start.elapsed(), target.cpu()? - cpu);
+    let dead = load.figures.iter().any(|cell| cell.replies == 0);
+    ensure!(!dead || duration.is_zero(), "no reply in {duration:?}");
     replies += load.figures.iter().map(|cell| cell.replies).sum::<u64>();
     Ok(Figures { cells: load.figures, replies, elapsed, cpu })
 }
@@ -234,17 +236,18 @@ fn read_callback(
 ) -> io::Result<()> {
     let Load { conns, scratch, figures, silent, .. } = load;
     let Some(conn) = conns.get_mut(&token) else { return Ok(()) };
-    if conn.received == 0 {
-        *silent -= 1;
-        if *silent == 0 {
-            event_loop.stop();
-        }
-    }
+    let had_none = conn.received < conn.bytes as u64;
     let figures = &mut figures[conn.cell];
     let result = conn.receive(scratch, |nanos| {
         figures.replies += 1;
         figures.latency.saturating_record(nanos);
     });
+    if had_none && conn.received >= conn.bytes as u64 {
+        *silent -= 1;
+        if *silent == 0 {
+            event_loop.stop();
+        }
+    }
     let result = result.and_then(|()| conn.send(event_loop, token));
     if let Err(err) = result {
         load.fail(event_loop, err);

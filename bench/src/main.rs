@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 /// Measures the chapters of the course beside their peers: every server has its turn in every
 /// round, so that a machine that changes its speed changes it for all.
 #[derive(Parser)]
-#[command(version)]
+#[command(version, bin_name = "scripts/bench.sh")]
 struct Args {
     /// One short round of everything, in a minute: a first look, and no more than that
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
@@ -90,21 +90,31 @@ fn main() -> anyhow::Result<()> {
     let (fds, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
     // Some are for the program itself.
     let needed = args.idle as u64 + 32;
-    ensure!(fds >= needed, "{} connections take {needed} fds, the limit is {fds}", args.idle);
+    ensure!(fds >= needed, "--idle {} takes {needed} fds, the limit is {fds}", args.idle);
+    let servers: Vec<Server> =
+        args.servers.iter().map(|name| Server { name: name.clone() }).collect();
+    for server in &servers {
+        server.command()?;
+    }
+    for scenario in &args.scenarios {
+        let first = servers.first().context("no servers")?;
+        let name = &first.name;
+        ensure!(can_serve(first, scenario), "ratios are to {name}, which cannot serve {scenario}");
+    }
+    // Before there may be a new file, which would make the commit a dirty one.
+    let machine = Machine::this_one();
     if let Some(path) = &args.json {
-        // Rather now than after ten minutes.
-        fs::write(path, "").with_context(|| format!("cannot write {}", path.display()))?;
+        // Rather now than after ten minutes. What is in it stays until there is something better.
+        let file = fs::OpenOptions::new().append(true).create(true).open(path);
+        file.with_context(|| format!("cannot write {}", path.display()))?;
     }
     let (server_cpu, load_cpu) = target::processors()?;
-    let machine = Machine::this_one();
     target::pin(Pid::from_raw(0), load_cpu)?;
     let count = !args.no_calls && calls::can_count();
     if !args.no_calls && !count {
         eprintln!("system calls are not counted: there is no strace, or it may not be used");
     }
 
-    let servers: Vec<Server> =
-        args.servers.iter().map(|name| Server { name: name.clone() }).collect();
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} more: {msg}")?;
     let mut bench = Bench {
         duration: args.seconds,
@@ -214,6 +224,8 @@ impl Bench {
         let figures = load::run(&target, scenario, self.duration / 4, self.duration)?;
         let first = &figures.cells[0];
         let all: u64 = figures.cells.iter().map(|cell| cell.replies).sum();
+        let others = figures.cells.iter().zip(&scenario.0).skip(1);
+        let beside: u64 = others.map(|(cell, of)| cell.replies * of.bytes as u64).sum();
         let quantile = |q| first.latency.value_at_quantile(q) as f64 / 1000.0;
         Ok(Load {
             server: server.name.clone(),
@@ -224,6 +236,7 @@ impl Bench {
             p50_us: quantile(0.5),
             p99_us: quantile(0.99),
             p999_us: quantile(0.999),
+            beside: beside as f64 / figures.elapsed.as_secs_f64(),
         })
     }
 
@@ -257,18 +270,7 @@ fn can_serve(server: &Server, scenario: &Scenario) -> bool {
 }
 
 fn print(report: &Report) {
-    let titles = [
-        "",
-        "Processor time per reply; below the first server, as a ratio to it in the same round",
-        "Replies per second",
-        "Latency in microseconds: half, 99 in 100 and 999 in 1,000 took no longer",
-        "One connection that streams large messages, each way",
-        "Fairness: the p99 of 100 clients that ping, alone and beside one at full blast",
-        "Clients taken in per second, 16 at a time",
-        "Resident memory",
-        "System calls per reply, by strace",
-    ];
-    for (title, (_, table)) in titles.iter().zip(TABLES) {
+    for (_, title, table) in TABLES {
         let table = table(report);
         // Title and line, and nothing below.
         if table.lines().count() != 2 {

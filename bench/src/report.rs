@@ -69,6 +69,8 @@ pub struct Load {
     pub p99_us: f64,
     /// 999 in 1,000.
     pub p999_us: f64,
+    /// What the other cells sent and got back meanwhile, in bytes per second.
+    pub beside: f64,
 }
 
 /// One turn of one server taking in clients.
@@ -148,17 +150,29 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// Makes a table, as Markdown.
 pub type Table = fn(&Report) -> String;
 
-/// The tables, by the names under which the documentation asks for them.
-pub const TABLES: [(&str, Table); 9] = [
-    ("machine", Report::machine),
-    ("cpu", Report::cpu),
-    ("rate", Report::rate),
-    ("latency", Report::latency),
-    ("stream", Report::stream),
-    ("fairness", Report::fairness),
-    ("accept", Report::accept),
-    ("idle", Report::idle),
-    ("calls", Report::calls),
+/// The tables: the name under which the documentation asks for one, what it shows, and how it is made.
+pub const TABLES: [(&str, &str, Table); 9] = [
+    ("machine", "Where", Report::machine),
+    (
+        "cpu",
+        "Processor time per reply; below the first server, as a ratio to it in the same round",
+        Report::cpu,
+    ),
+    ("rate", "Replies per second", Report::rate),
+    (
+        "latency",
+        "Latency in microseconds: half, 99 in 100 and 999 in 1,000 took no longer",
+        Report::latency,
+    ),
+    ("stream", "One connection that streams large messages, each way", Report::stream),
+    (
+        "fairness",
+        "Fairness: the p99 of 100 clients that ping, alone and beside one at full blast",
+        Report::fairness,
+    ),
+    ("accept", "Clients taken in per second, 16 at a time", Report::accept),
+    ("idle", "Resident memory", Report::idle),
+    ("calls", "System calls per reply, by strace", Report::calls),
 ];
 
 /// Before what goes on beside the first cell of a scenario.
@@ -176,14 +190,14 @@ impl Report {
     /// All of it as text, for people and programs to read.
     ///
     /// # Errors
-    /// A figure is not a number.
+    /// None that is known: these figures can all be written.
     pub fn to_json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
     /// A table by its name, as Markdown.
     pub fn table(&self, name: &str) -> Option<String> {
-        TABLES.iter().find(|(of, _)| *of == name).map(|(_, table)| table(self))
+        TABLES.iter().find(|(of, ..)| *of == name).map(|(.., table)| table(self))
     }
 
     fn machine(&self) -> String {
@@ -192,7 +206,8 @@ impl Report {
         let Self { rounds, seconds, .. } = self;
         format!(
             "{processor}, {processors} processors, Linux {kernel}, TCP {congestion_control}, \
-             {rustc}, commit {commit}; medians of {rounds} rounds of {seconds} s each.\n"
+             {rustc}, commit {commit}; {rounds} rounds of {seconds} s for each server, of which the \
+             medians; memory and system calls once.\n"
         )
     }
 
@@ -260,13 +275,20 @@ impl Report {
         scenario.contains(BESIDE) || self.scenarios.iter().any(both)
     }
 
-    /// The p99 of those who ping, alone and beside one that sends as fast as it can.
+    /// The p99 of those who ping, alone and beside one that sends as fast as it can; and how much
+    /// that one sends.
     fn fairness(&self) -> String {
         self.by_scenario(
             |scenario| self.is_of_fairness(scenario),
             |server, scenario| {
                 let p99 = median(self.loads_of(server, scenario).map(|turn| turn.p99_us))?;
-                Some(format!("{} µs", thousands(p99)))
+                let beside = median(self.loads_of(server, scenario).map(|turn| turn.beside))?;
+                let p99 = format!("{} µs", thousands(p99));
+                Some(if scenario.contains(BESIDE) {
+                    format!("{p99}, {} MB/s", thousands(beside / 1e6))
+                } else {
+                    p99
+                })
             },
         )
     }
@@ -367,11 +389,13 @@ fn bytes_of(scenario: &str) -> f64 {
     scenario.rsplit('x').next().and_then(|bytes| bytes.parse().ok()).unwrap_or(0.0)
 }
 
-/// The middle one of the values, if there are any.
+/// The middle one of the values, or what is halfway between the two that are in the middle.
 fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    let upper = *values.get(values.len() / 2)?;
+    let lower = values[(values.len() - 1) / 2];
+    Some((lower + upper) / 2.0)
 }
 
 /// A number without its fraction, with commas between the thousands.

@@ -37,9 +37,10 @@ impl Server {
     /// The command that runs it on a free port.
     ///
     /// # Errors
-    /// The folder of this program cannot be found.
+    /// There is no such program in the folder of this one.
     pub fn command(&self) -> anyhow::Result<Command> {
         let exe = std::env::current_exe()?.with_file_name(&self.name);
+        ensure!(exe.is_file(), "there is no server {:?}", self.name);
         let mut command = Command::new(exe);
         command.args(self.args());
         Ok(command)
@@ -48,7 +49,7 @@ impl Server {
     /// The same under strace(1), which writes how often it made each call to `report` when it ends.
     ///
     /// # Errors
-    /// The folder of this program cannot be found.
+    /// There is no such program in the folder of this one.
     pub fn command_counted(&self, report: &Path) -> anyhow::Result<Command> {
         let mut command = Command::new("strace");
         // -D: strace becomes the child, and the server what was started here.
@@ -151,5 +152,10 @@ pub fn processors() -> anyhow::Result<(usize, usize)> {
     let cpus: Vec<usize> =
         (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect();
     ensure!(cpus.len() >= 2, "two processors are needed, this process may use {}", cpus.len());
-    Ok((cpus[0], cpus[1]))
+    // Two threads of one core would be in each other's way. The kernel lists them as 0,4 or 0-1.
+    let path = format!("/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list", cpus[0]);
+    let siblings = fs::read_to_string(path).unwrap_or_default();
+    let is_sibling = |cpu: usize| siblings.trim().split([',', '-']).any(|it| it == cpu.to_string());
+    let other = cpus[1..].iter().find(|&&cpu| !is_sibling(cpu)).unwrap_or(&cpus[1]);
+    Ok((cpus[0], *other))
 }

@@ -8,7 +8,17 @@ use bench::report::{Accept, Calls, Idle, Load, Machine, Report};
 fn load(server: &str, scenario: &str, round: usize, cpu_ns: f64, p99_us: f64) -> Load {
     let (server, scenario) = (server.to_owned(), scenario.to_owned());
     let (p50_us, p999_us) = (p99_us / 2.0, p99_us * 2.0);
-    Load { server, scenario, round, rate: 1_000_000.0, cpu_ns, p50_us, p99_us, p999_us }
+    Load {
+        server,
+        scenario,
+        round,
+        rate: 1_000_000.0,
+        cpu_ns,
+        p50_us,
+        p99_us,
+        p999_us,
+        beside: 2.5e9,
+    }
 }
 
 fn report() -> Report {
@@ -92,9 +102,9 @@ fn fairness_compares_with_and_without() {
     assert_table(
         "fairness",
         &[
-            "| server | 9×1×64 | 9×1×64 + 1×8×65535 |",
-            "| ------ | -----: | -----------------: |",
-            "| a      | 100 µs |           1,234 µs |",
+            "| server | 9×1×64 |   9×1×64 + 1×8×65535 |",
+            "| ------ | -----: | -------------------: |",
+            "| a      | 100 µs | 1,234 µs, 2,500 MB/s |",
         ],
     );
 }

@@ -16,7 +16,8 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use bench::report::{Report, TABLES};
 
-const START: &str = "<!-- figures: ";
+/// At the start of a line, or it is part of a sentence.
+const START: &str = "\n<!-- figures: ";
 const END: &str = "<!-- end of figures -->";
 
 /// Reads what `scripts/bench.sh --json` has kept.
@@ -36,15 +37,15 @@ pub fn refresh(page: &str, report: &Report) -> anyhow::Result<String> {
     let mut fresh = String::new();
     let mut rest = page;
     while let Some((before, after)) = rest.split_once(START) {
-        let number = fresh.lines().count() + before.lines().count();
+        let number = (fresh.clone() + before).lines().count() + 1;
         let line = || format!("figures in line {number}");
         let (name, after) = after.split_once(" -->\n").with_context(line)?;
         let Some(table) = report.table(name) else {
-            let names: Vec<&str> = TABLES.iter().map(|(name, _)| *name).collect();
+            let names: Vec<&str> = TABLES.iter().map(|(name, ..)| *name).collect();
             bail!("there is no table {name:?}, but these: {}", names.join(", "));
         };
         let (old, after) = after.split_once(END).with_context(line).context("without an end")?;
-        if old.contains(START) {
+        if old.contains(START.trim_start()) {
             return Err(anyhow::anyhow!("without an end").context(line()));
         }
         fresh += &format!("{before}{START}{name} -->\n\n{table}\n{END}");
@@ -92,13 +93,13 @@ mod tests {
 
     #[test]
     fn a_table_that_does_not_exist_is_named() {
-        assert_broken("<!-- figures: nothing -->\n<!-- end of figures -->\n", r#""nothing""#);
+        assert_broken("a\n<!-- figures: nothing -->\n<!-- end of figures -->\n", r#""nothing""#);
     }
 
     #[test]
     fn figures_without_an_end_are_found() {
         assert_broken("a\nb\n<!-- figures: accept -->\n", "without an end");
-        let next = "<!-- figures: accept -->\n<!-- figures: idle -->\n<!-- end of figures -->\n";
+        let next = "a\n<!-- figures: accept -->\n<!-- figures: idle -->\n<!-- end of figures -->\n";
         assert_broken(next, "without an end");
     }
 }

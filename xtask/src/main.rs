@@ -1,13 +1,26 @@
 //! `cargo xtask`: what keeps the text to the code and to the measurements.
 
+mod answers;
+mod blocks;
+mod console;
+mod diffs;
 mod figures;
+mod mentions;
+mod pages;
+mod sequence;
+mod sources;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use clap::{Parser, Subcommand};
+
+use crate::mentions::{ForeignNames, World};
+use crate::pages::Mention;
+use crate::sources::Sources;
 
 /// Keeps the text to the code and to the measurements
 #[derive(Parser)]
@@ -19,17 +32,30 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Writes the figures of bench/figures.json into README.md and docs
+    /// Brings excerpts, answers, figures, diffs and diagrams of README.md and docs up to date, and
+    /// looks for links and names that lead to nothing
     Docs {
         /// Changes nothing, and fails where something would have to be changed
         #[arg(long)]
         check: bool,
     },
+    /// Plays the console sessions of README.md and docs, and puts their output of now into them
+    Console {
+        /// Changes nothing, and fails where something would have to be changed
+        #[arg(long)]
+        check: bool,
+        /// Only these pages
+        pages: Vec<PathBuf>,
+    },
+    /// Tries the answers to the exercises, each on a copy of the workspace
+    Answers {
+        /// Only these patches
+        patches: Vec<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
-    let Args { task: Task::Docs { check } } = Args::parse();
-    match docs(check) {
+    match run(Args::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
             eprintln!("error: {err:#}");
@@ -38,21 +64,48 @@ fn main() -> ExitCode {
     }
 }
 
-fn docs(check: bool) -> anyhow::Result<()> {
+fn run(task: Task) -> anyhow::Result<()> {
     // Cargo says where the package is when it runs it.
     let package = std::env::var_os("CARGO_MANIFEST_DIR").context("to be run as `cargo xtask`")?;
     let root = Path::new(&package).parent().context("a package of a workspace")?;
+    match task {
+        Task::Docs { check } => docs(root, check),
+        Task::Console { check, pages } => console(root, check, pages),
+        Task::Answers { patches } => answers(root, patches),
+    }
+}
+
+fn docs(root: &Path, check: bool) -> anyhow::Result<()> {
+    let sources = Sources::read(root)?;
     let report = figures::read(&root.join("bench/figures.json"))?;
-    let mut stale = Vec::new();
+    let mut files = BTreeMap::new();
+    for step in diffs::STEPS {
+        files.insert(PathBuf::from(step.page()), step.render(root, &sources)?);
+    }
     for path in pages(root)? {
-        let name = path.strip_prefix(root)?.display().to_string();
-        let text = fs::read_to_string(&path).context(name.clone())?;
-        let fresh = figures::refresh(&text, &report).context(name.clone())?;
-        if fresh != text {
+        let old = read(root, &path)?;
+        let page = figures::refresh(&old, &report).with_context(|| path.display().to_string())?;
+        let page =
+            blocks::refresh(&page, &sources, root).with_context(|| path.display().to_string())?;
+        for block in pages::blocks(&page) {
+            let Some(name) = block.comment_of("sequence") else { continue };
+            let svg = sequence::draw(&page[block.range.clone()])
+                .with_context(|| format!("{}: {}", path.display(), block.place()))?;
+            let folder = path.parent().context("a page in a folder")?;
+            files.insert(folder.join(name), svg);
+        }
+        files.insert(path, page);
+    }
+    let mut stale = Vec::new();
+    for (path, text) in &files {
+        let old = fs::read_to_string(root.join(path)).unwrap_or_default();
+        if *text != old {
             if !check {
-                fs::write(&path, fresh).context(name.clone())?;
+                let folder = root.join(path).parent().context("a file in a folder")?.to_owned();
+                fs::create_dir_all(folder)?;
+                fs::write(root.join(path), text).with_context(|| path.display().to_string())?;
             }
-            stale.push(name);
+            stale.push(path.display().to_string());
         }
     }
     let names = stale.join(", ");
@@ -60,23 +113,118 @@ fn docs(check: bool) -> anyhow::Result<()> {
     if !stale.is_empty() {
         println!("refreshed {names}");
     }
+    check_mentions(root, &sources)?;
+    check_book(root)
+}
+
+/// Whether all exists that the pages mention.
+fn check_mentions(root: &Path, sources: &Sources) -> anyhow::Result<()> {
+    let foreign = ForeignNames::parse(&read(root, Path::new("docs/names.txt"))?);
+    let page = |path: &Path| fs::read_to_string(root.join(path)).ok();
+    let world = World { root, sources, foreign: &foreign, page: &page };
+    let mut used = BTreeSet::new();
+    let mut mistakes = String::new();
+    for path in pages(root)? {
+        match mentions::check(&world, &path, &read(root, &path)?) {
+            Ok(names) => used.extend(names),
+            Err(err) => mistakes += &format!("\n{}:{err:#}", path.display()),
+        }
+    }
+    ensure!(mistakes.is_empty(), "{mistakes}");
+    mentions::check_foreign(&foreign, &used)
+}
+
+/// Whether the book has all of its pages, and the pages all of the answers.
+fn check_book(root: &Path) -> anyhow::Result<()> {
+    let summary = read(root, Path::new("docs/src/SUMMARY.md"))?;
+    let listed: BTreeSet<PathBuf> = pages::mentions(&summary)
+        .into_iter()
+        .filter_map(|(_, mention)| match mention {
+            Mention::Link(path) => Some(Path::new("docs/src").join(path)),
+            _ => None,
+        })
+        .collect();
+    let mut shown = BTreeSet::new();
+    for path in all_pages(root)? {
+        let in_book = path.starts_with("docs/src") && !path.ends_with("SUMMARY.md");
+        ensure!(!in_book || listed.contains(&path), "SUMMARY.md lacks {}", path.display());
+        for block in pages::blocks(&read(root, &path)?) {
+            shown.extend(block.comment_of("file").map(|path| root.join(path)));
+        }
+    }
+    for patch in answers::all(root)? {
+        ensure!(shown.contains(&patch), "no page shows {}", patch.display());
+    }
     Ok(())
 }
 
-/// README.md, and all there is in docs.
+fn console(root: &Path, check: bool, mut chosen: Vec<PathBuf>) -> anyhow::Result<()> {
+    if chosen.is_empty() {
+        chosen = pages(root)?;
+    }
+    let stage = console::Stage::set(root)?;
+    for path in chosen {
+        let name = path.display().to_string();
+        let page = read(root, &path)?;
+        if check {
+            let n = console::check(&page, &stage).context(name.clone())?;
+            println!("{name}: {n} sessions");
+            continue;
+        }
+        let fresh = console::refresh(&page, &stage).context(name.clone())?;
+        if fresh != page {
+            fs::write(root.join(&path), fresh).context(name.clone())?;
+            println!("refreshed {name}");
+        }
+    }
+    Ok(())
+}
+
+fn answers(root: &Path, mut patches: Vec<PathBuf>) -> anyhow::Result<()> {
+    if patches.is_empty() {
+        patches = answers::all(root)?;
+    }
+    let copy = answers::Copy::of(root)?;
+    for patch in patches {
+        let patch = root.join(patch);
+        let name = patch.strip_prefix(root).unwrap_or(&patch).display().to_string();
+        copy.check(&patch).with_context(|| name.clone())?;
+        println!("{name}: ok");
+    }
+    Ok(())
+}
+
+fn read(root: &Path, path: &Path) -> anyhow::Result<String> {
+    fs::read_to_string(root.join(path)).with_context(|| path.display().to_string())
+}
+
+/// The pages that people write: README.md, and all of docs but the diffs. From the root.
 fn pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut pages = vec![root.join("README.md")];
+    let mut pages = all_pages(root)?;
+    let diffs: Vec<PathBuf> = diffs::STEPS.iter().map(|step| step.page().into()).collect();
+    pages.retain(|page| !diffs.contains(page));
+    Ok(pages)
+}
+
+fn all_pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut pages = vec![PathBuf::from("README.md")];
     let mut folders = vec![root.join("docs")];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
             let path = entry?.path();
             if path.is_dir() {
-                folders.push(path);
+                // What mdBook makes of it is not it.
+                if path != root.join("docs/book") {
+                    folders.push(path);
+                }
             } else if path.extension().is_some_and(|extension| extension == "md") {
-                pages.push(path);
+                pages.push(path.strip_prefix(root)?.to_owned());
             }
         }
     }
     pages.sort();
+    if pages.len() < 2 {
+        bail!("docs has no pages");
+    }
     Ok(pages)
 }

@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::os::fd::AsRawFd;
 
 use anyhow::Context;
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 fn main() -> anyhow::Result<()> {
@@ -18,7 +19,11 @@ fn main() -> anyhow::Result<()> {
     let mut events = vec![EpollEvent::empty(); 1024];
     let mut buf = vec![0; 64 * 1024];
     loop {
-        let n = epoll.wait(&mut events, EpollTimeout::NONE)?;
+        let n = match epoll.wait(&mut events, EpollTimeout::NONE) {
+            Ok(n) => n,
+            Err(Errno::EINTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        };
         for event in &events[..n] {
             if event.data() == listener_fd {
                 let (stream, _) = listener.accept()?;

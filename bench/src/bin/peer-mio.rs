@@ -25,14 +25,17 @@ fn main() -> anyhow::Result<()> {
     let mut next = 1;
     let mut buf = vec![0; 64 * 1024];
     loop {
-        poll.poll(&mut events, None)?;
+        match poll.poll(&mut events, None) {
+            Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+            result => result?,
+        }
         for event in &events {
             if event.token() == LISTENER {
                 accept(&listener, &poll, &mut conns, &mut next)?;
                 continue;
             }
             let Some(conn) = conns.get_mut(&event.token()) else { continue };
-            if !conn.serve(&mut buf) {
+            if !conn.serve(&mut buf, event.is_read_closed()) {
                 if let Some(mut conn) = conns.remove(&event.token()) {
                     poll.registry().deregister(&mut conn.stream)?;
                 }
@@ -64,7 +67,8 @@ fn accept(
 
 impl Conn {
     /// Reads and writes until neither goes any further, and returns whether there will be more.
-    fn serve(&mut self, buf: &mut [u8]) -> bool {
+    /// With `closed`, the end of the stream has come, too.
+    fn serve(&mut self, buf: &mut [u8], closed: bool) -> bool {
         loop {
             match self.flush() {
                 Ok(true) => {}
@@ -83,9 +87,10 @@ impl Conn {
                 Err(_) => return false,
             };
             self.pending.extend_from_slice(&buf[written..n]);
-            // A read that did not fill the buffer has emptied the socket: mio's documentation of
-            // epoll allows to stop here, which saves a system call.
-            if n < buf.len() && self.pending.is_empty() {
+            // A read that did not fill the buffer has emptied the socket, and what comes later is
+            // an event of its own. So the read that would say so can be saved, as tokio does; but
+            // not where data and the end have come with one event.
+            if n < buf.len() && self.pending.is_empty() && !closed {
                 return true;
             }
         }

@@ -28,9 +28,11 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         .max_frame_length(65_535)
         .new_codec();
     let (reader, writer) = stream.split();
-    let mut messages = FramedRead::new(reader, codec);
+    // As much as the others read at once. Their default is 8 KiB, less than some messages.
+    let mut messages = FramedRead::with_capacity(reader, codec, 64 * 1024);
     // The frames keep their headers, so that they can go back as they are.
     let mut replies: FramedWrite<_, BytesCodec> = FramedWrite::new(writer, BytesCodec::new());
+    replies.set_backpressure_boundary(256 * 1024);
     while let Some(message) = messages.next().await {
         replies.feed(message?).await?;
         // All that is there already goes back in the same write.

@@ -35,16 +35,37 @@ impl Write for Log {
     }
 }
 
-/// How often the server that `new` makes allocates during so many messages of `size` bytes to each
-/// of `clients` connections, after as many that warm it up. `drain` stops it.
+/// What makes a server, and what stops it.
+pub struct Chapter<S> {
+    pub new: fn(&mut EventLoop<S>, &Addr) -> anyhow::Result<S>,
+    pub drain: fn(&mut S, &mut EventLoop<S>) -> anyhow::Result<()>,
+}
+
+/// The loop's room for one batch of events.
+const BATCH: u64 = 1;
+
 #[track_caller]
-pub fn count<S>(
-    new: fn(&mut EventLoop<S>, &Addr) -> anyhow::Result<S>,
-    drain: fn(&mut S, &mut EventLoop<S>) -> anyhow::Result<()>,
-    clients: usize,
-    sizes: &[usize],
-    rounds: usize,
-) -> u64 {
+pub fn assert_one_client_costs_none<S>(chapter: &Chapter<S>) {
+    for rounds in [10, 1_000] {
+        let n = count(chapter, 1, &[64], rounds);
+        assert_eq!(n, BATCH, "allocations during {rounds} messages");
+    }
+}
+
+/// How many blocks are in use at a time depends on what arrives together, so that the second time
+/// may need some that the first one did not: but not one more than all connections can hold.
+#[track_caller]
+pub fn assert_many_clients_cost_no_more_than_their_blocks<S>(chapter: &Chapter<S>) {
+    let (clients, sizes, rounds) = (20, [0, 100, 4_096, 1, 60_000], 200);
+    let n = count(chapter, clients, &sizes, rounds);
+    let blocks = clients as u64 * 2;
+    assert!(n <= BATCH + blocks, "{n} allocations during {} messages", clients * 5 * rounds);
+}
+
+/// How often the server allocates during so many rounds of messages of these sizes to each of
+/// `clients` connections, after as many that warm it up.
+#[track_caller]
+fn count<S>(chapter: &Chapter<S>, clients: usize, sizes: &[usize], rounds: usize) -> u64 {
     let log = Log::default();
     let writer = log.clone();
     let _guard = tracing_subscriber::fmt()
@@ -53,7 +74,7 @@ pub fn count<S>(
         .with_writer(move || writer.clone())
         .set_default();
     let mut event_loop = EventLoop::new().unwrap();
-    let mut server = new(&mut event_loop, &"127.0.0.1:0".parse().unwrap()).unwrap();
+    let mut server = (chapter.new)(&mut event_loop, &"127.0.0.1:0".parse().unwrap()).unwrap();
 
     let mut streams = Vec::new();
     for _ in 0..clients {
@@ -85,7 +106,7 @@ pub fn count<S>(
         allocations = measured.count_total;
     }
     drop(streams);
-    drain(&mut server, &mut event_loop).unwrap();
+    (chapter.drain)(&mut server, &mut event_loop).unwrap();
     allocations
 }
 

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Builds the book, and serves it on this machine. mdBook is built from its sources where it is missing,
+# for this folder alone; with an origin on the web, each page gets a link to edit it there.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+readonly VERSION=0.5.2
+readonly TOOLS=${CARGO_TARGET_DIR:-target}/tools
+
+usage() {
+    cat <<'END'
+Usage: scripts/book.sh [--build | PORT]
+
+Builds the book into docs/book and serves it at http://127.0.0.1:PORT, 3000 if not told otherwise,
+until Ctrl-C. With --build it does not serve.
+END
+}
+
+# The page of the origin where a file can be edited, if the origin is of a kind that has one.
+edit_url() {
+    local origin
+    origin=$(git remote get-url origin 2>/dev/null) || return 0
+    origin=${origin%.git}
+    case $origin in
+        git@*:*) origin=https://${origin#git@} && origin=${origin/:/\/} && origin=${origin/https\//https:\/} ;;
+    esac
+    case $origin in
+        https://github.com/* | https://gitlab.com/* | https://codeberg.org/*)
+            printf '%s/edit/main/docs/{path}' "$origin"
+            ;;
+    esac
+}
+
+port=3000
+case ${1-} in
+    -h | --help) usage && exit ;;
+    --build) port='' ;;
+    '') ;;
+    *[!0-9]*) usage >&2 && exit 2 ;;
+    *) port=$1 ;;
+esac
+
+mdbook=$(command -v mdbook) || mdbook=$TOOLS/bin/mdbook
+if [[ ! -x $mdbook ]]; then
+    printf 'building mdBook %s, which takes a few minutes, once\n' "$VERSION" >&2
+    cargo install --quiet --locked --root "$TOOLS" --target-dir "$TOOLS/build" \
+        --no-default-features --features search --version "$VERSION" mdbook
+    mdbook=$TOOLS/bin/mdbook
+fi
+
+url=$(edit_url)
+if [[ -n $url ]]; then
+    export MDBOOK_OUTPUT__HTML__EDIT_URL_TEMPLATE=$url
+fi
+"$mdbook" build docs
+
+if [[ -n $port ]]; then
+    printf 'http://127.0.0.1:%s\n' "$port"
+    exec python3 -m http.server --bind 127.0.0.1 --directory docs/book "$port" 2>/dev/null
+fi

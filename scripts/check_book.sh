@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Looks at every page of the book in headless Chromium, at the width of a desktop and of a phone, in the
+# light theme and in the dark one: each has to load without an error, with all its pictures, and with
+# nothing that is wider than the page. A page with all of these faults has to be found out, too.
+set -euo pipefail
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+case ${1-} in
+    '') ;;
+    -h | --help) echo 'Usage: scripts/check_book.sh' && exit ;;
+    *) echo 'Usage: scripts/check_book.sh' >&2 && exit 2 ;;
+esac
+
+type -P chromium >/dev/null || scripts/install.sh chromium
+scripts/book.sh --build
+
+scratch=$(mktemp -d)
+server=''
+cleanup() {
+    [[ -z $server ]] || kill "$server" 2>/dev/null || true
+    rm -rf "$scratch"
+}
+trap cleanup EXIT
+
+cp -r docs/book "$scratch/site"
+# The page that looks at the others, and the one with all the faults.
+cp scripts/check_book.html "$scratch/site/check.html"
+cat > "$scratch/site/faults.html" <<'END'
+<!doctype html><title>faults</title><div class="content">
+<img src="gone.svg"><pre style="width: 3000px">wide</pre></div><script>throw new Error("fault")</script>
+END
+(cd "$scratch/site" && find . -name '*.html' ! -name check.html ! -name print.html ! -name 404.html \
+    ! -name 'toc.html' -printf '%P\n' | sort) > "$scratch/site/pages.txt"
+
+# A free port, as the server tells it.
+python3 -u -m http.server --bind 127.0.0.1 --directory "$scratch/site" 0 > "$scratch/log" 2>/dev/null &
+server=$!
+port=''
+for ((i = 0; i < 200; i++)); do
+    port=$(sed -n 's/.* port \([0-9]*\) .*/\1/p' "$scratch/log")
+    [[ -z $port ]] || break
+    sleep 0.05
+done
+[[ -n $port ]] || { echo 'check_book.sh: the server does not start' >&2; exit 1; }
+
+flags=(--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars "--user-data-dir=$scratch/profile"
+    "--window-size=1400,1000" --virtual-time-budget=600000)
+if ((EUID == 0)); then
+    flags+=(--no-sandbox)
+fi
+timeout 300 chromium "${flags[@]}" --dump-dom "http://127.0.0.1:$port/check.html" \
+    > "$scratch/report.html" 2> "$scratch/chromium.log"
+# One line for each page and fault, and a last one when all is looked at.
+sed -n '/<pre id="report">/,/<\/pre>/p' "$scratch/report.html" | sed 's/<[^>]*>//g; /^$/d' > "$scratch/report"
+
+if ! grep -q '^looked at ' "$scratch/report"; then
+    echo 'check_book.sh: Chromium has not come to the end' >&2
+    tail -n 5 "$scratch/chromium.log" "$scratch/report" >&2
+    exit 1
+fi
+for fault in 'faults.html.*: error' 'faults.html.*: no picture' 'faults.html.*: wider'; do
+    if (($(grep -c "$fault" "$scratch/report") != 4)); then
+        printf 'check_book.sh: a fault that is there has not been found: %s\n' "$fault" >&2
+        exit 1
+    fi
+done
+if grep -v '^faults.html' "$scratch/report" | grep -v '^looked at ' >&2; then
+    exit 1
+fi
+grep '^looked at ' "$scratch/report"
