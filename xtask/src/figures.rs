@@ -56,18 +56,22 @@ pub fn refresh(page: &str, report: &Report) -> anyhow::Result<String> {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
-mod tests {
+pub mod tests {
     use super::*;
 
-    fn report() -> Report {
+    /// What the smallest run would have kept.
+    pub fn json() -> String {
         let machine = r#"{"processor": "P", "processors": 2, "kernel": "K",
             "congestion_control": "C", "rustc": "R", "commit": "C"}"#;
         let accepts = r#"[{"server": "floor", "round": 0, "rate": 1234.5, "cpu_ns": 20000}]"#;
-        Report::from_json(&format!(
+        format!(
             r#"{{"machine": {machine}, "rounds": 1, "seconds": 1.0, "servers": ["floor"],
                 "scenarios": [], "loads": [], "accepts": {accepts}, "idle": [], "calls": []}}"#
-        ))
-        .unwrap()
+        )
+    }
+
+    fn report() -> Report {
+        Report::from_json(&json()).unwrap()
     }
 
     #[test]

@@ -228,3 +228,90 @@ fn all_pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
     }
     Ok(pages)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const PAGE: &str = "# Chapter\n\n`A` `epoll_wait` [diff](diffs/v01-v02.md) ![p](s.svg)\n\n\
+        <!-- code: common/src/lib.rs, A -->\n```rust\n```\n\n\
+        <!-- file: docs/answers/v01-1.patch -->\n```diff\n```\n\n\
+        <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
+        <!-- figures: accept -->\n\n<!-- end of figures -->\n";
+
+    /// A small workspace with a book of one chapter, all of it up to date.
+    fn book() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        write("README.md", "# Readme\n");
+        write("common/src/lib.rs", "/// Came in (since v02).\npub struct A;\n");
+        for chapter in ["v01", "v02", "v03", "v04", "v04-client"] {
+            write(
+                &format!("reactor-{chapter}/src/main.rs"),
+                &format!("// {chapter}\nfn main() {{}}\n"),
+            );
+        }
+        write("bench/figures.json", &figures::tests::json());
+        write("docs/names.txt", "epoll_wait # a call\n");
+        write("docs/answers/v01-1.patch", "Check: true\n+a\n");
+        write("docs/src/v01.md", PAGE);
+        let mut summary = "[Chapter](v01.md)\n".to_owned();
+        for step in diffs::STEPS {
+            summary += &format!("[Diff]({})\n", step.page().trim_start_matches("docs/src/"));
+        }
+        write("docs/src/SUMMARY.md", &summary);
+        docs(folder.path(), false).unwrap();
+        docs(folder.path(), true).unwrap();
+        folder
+    }
+
+    #[test]
+    fn whatever_is_stale_or_broken_is_found() {
+        let book = book();
+        let root = book.path();
+        for (name, old, new, what) in [
+            // In the pages.
+            (
+                "docs/src/v01.md",
+                "pub struct A;",
+                "pub struct B;",
+                "not up to date: docs/src/v01.md",
+            ),
+            ("docs/src/v01.md", "+a", "+b", "not up to date: docs/src/v01.md"),
+            ("docs/src/v01.md", "1,234", "1,235", "not up to date: docs/src/v01.md"),
+            ("docs/src/v01.md", "v01-v02.md", "v01.md", "diffs/v01.md leads to nothing"),
+            ("docs/src/v01.md", "`A`", "`B`", "the name of B"),
+            ("docs/src/v01.md", "1 ready", "2 ready", "not up to date: docs/src/s.svg"),
+            ("docs/src/s.svg", "1 ready", "2 ready", "not up to date: docs/src/s.svg"),
+            ("docs/src/diffs/v01-v02.md", "+", "-", "not up to date: docs/src/diffs/v01-v02.md"),
+            ("docs/src/SUMMARY.md", "[Chapter](v01.md)", "", "SUMMARY.md lacks docs/src/v01.md"),
+            ("docs/names.txt", "epoll_wait", "epoll_wait other", "no page uses: other"),
+            // In what the pages are about.
+            ("common/src/lib.rs", "struct A", "struct B", "no item A"),
+            ("common/src/lib.rs", "Came", "Comes", "docs/src/diffs/v01-v02.md, docs/src/v01.md"),
+            (
+                "reactor-v03/src/main.rs",
+                "v03",
+                "3",
+                "docs/src/diffs/v02-v03.md, docs/src/diffs/v03",
+            ),
+            ("bench/figures.json", "1234.5", "1240.5", "not up to date: docs/src/v01.md"),
+            ("docs/answers/v01-1.patch", "+a", "+b", "not up to date: docs/src/v01.md"),
+        ] {
+            let text = fs::read_to_string(root.join(name)).unwrap();
+            assert!(text.contains(old), "{old:?} is not in {name}");
+            fs::write(root.join(name), text.replacen(old, new, 1)).unwrap();
+            let err = docs(root, true).unwrap_err();
+            assert!(format!("{err:#}").contains(what), "{name}: {err:#}");
+            fs::write(root.join(name), text).unwrap();
+        }
+        fs::write(root.join("docs/answers/v01-2.patch"), "").unwrap();
+        let err = docs(root, true).unwrap_err();
+        assert!(err.to_string().contains("no page shows"), "{err:#}");
+    }
+}
