@@ -45,7 +45,11 @@ show() {
 }
 
 if [[ $color = always ]]; then
-    show "$@" | ${PAGER:-less -RFX}
+    pager=${PAGER:-cat}
+    if [[ -z ${PAGER-} ]] && type -P less >/dev/null; then
+        pager='less -RFX'
+    fi
+    show "$@" | $pager
 else
     show "$@"
 fi

@@ -28,6 +28,8 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// With no line for so long, all has been said: where it is not known what to wait for.
 const QUIET: Duration = Duration::from_millis(300);
 
+const CLOSE_OTHERS: &str = r#"for fd in {3..63}; do eval "exec $fd>&-"; done"#;
+
 /// Where the programs of the workspace are, and the netcat that the text is about.
 pub struct Stage {
     root: PathBuf,
@@ -61,8 +63,9 @@ impl Stage {
 
     fn spawn(&self, command: &str) -> anyhow::Result<Child> {
         Command::new("bash")
-            // One pipe for both, or the order of the lines is lost.
-            .args(["-c", &format!("exec 2>&1\n{command}")])
+            // One pipe for both, or the order of the lines is lost. And no fd that this program was
+            // started with, or the server's would have other numbers.
+            .args(["-c", &format!("exec 2>&1\n{CLOSE_OTHERS}\n{command}")])
             .current_dir(&self.root)
             .env("PATH", &self.path)
             .env("LC_ALL", "C")
