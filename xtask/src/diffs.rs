@@ -12,7 +12,9 @@ use crate::sources::Sources;
 
 /// A step from one chapter to the next.
 pub struct Step {
+    /// The chapter before, `v01` for one.
     pub from: &'static str,
+    /// The chapter after it.
     pub to: &'static str,
 }
 

@@ -184,7 +184,7 @@ fn answers(root: &Path, mut patches: Vec<PathBuf>) -> anyhow::Result<()> {
     if patches.is_empty() {
         patches = answers::all(root)?;
     }
-    let copy = answers::Copy::of(root)?;
+    let copy = answers::WorkspaceCopy::of(root)?;
     for patch in patches {
         let patch = root.join(patch);
         let name = patch.strip_prefix(root).unwrap_or(&patch).display().to_string();

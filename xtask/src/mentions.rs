@@ -22,8 +22,11 @@ impl ForeignNames {
 
 /// What a page may refer to.
 pub struct World<'a> {
+    /// Where all paths begin.
     pub root: &'a Path,
+    /// The course's own names.
     pub sources: &'a Sources,
+    /// All the others.
     pub foreign: &'a ForeignNames,
     /// The text of a page by its path from the root.
     pub page: &'a dyn Fn(&Path) -> Option<String>,

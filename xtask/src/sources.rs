@@ -12,6 +12,7 @@ use syn::visit::{self, Visit};
 
 /// One source file.
 pub struct Source {
+    /// All of it.
     pub text: String,
     /// Every item by its path within the file, `EventLoop::event_process`, and its lines.
     items: Vec<Item>,
