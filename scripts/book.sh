@@ -22,7 +22,8 @@ edit_url() {
     origin=$(git remote get-url origin 2>/dev/null) || return 0
     origin=${origin%.git}
     case $origin in
-        git@*:*) origin=https://${origin#git@} && origin=${origin/:/\/} && origin=${origin/https\//https:\/} ;;
+        ssh://git@*) origin=https://${origin#ssh://git@} ;;
+        git@*:*) origin=${origin#git@} && origin=https://${origin/:/\/} ;;
     esac
     case $origin in
         https://github.com/* | https://gitlab.com/* | https://codeberg.org/*)
@@ -32,15 +33,23 @@ edit_url() {
 }
 
 port=3000
-case ${1-} in
-    -h | --help) usage && exit ;;
-    --build) port='' ;;
-    '') ;;
-    *[!0-9]*) usage >&2 && exit 2 ;;
-    *) port=$1 ;;
+case $#:${1-} in
+    1:-h | 1:--help) usage && exit ;;
+    1:--build) port='' ;;
+    0:) ;;
+    *)
+        port=${1-}
+        if (($# != 1)) || [[ ! $port =~ ^[1-9][0-9]{0,4}$ ]] || ((port > 65535)); then
+            usage >&2
+            exit 2
+        fi
+        ;;
 esac
 
-mdbook=$(command -v mdbook) || mdbook=$TOOLS/bin/mdbook
+mdbook=$(command -v mdbook) || mdbook=''
+if [[ -z $mdbook || $("$mdbook" --version) != "mdbook v$VERSION" ]]; then
+    mdbook=$TOOLS/bin/mdbook
+fi
 if [[ ! -x $mdbook ]]; then
     printf 'building mdBook %s, which takes a few minutes, once\n' "$VERSION" >&2
     cargo install --quiet --locked --root "$TOOLS" --target-dir "$TOOLS/build" \
@@ -55,6 +64,6 @@ fi
 "$mdbook" build docs
 
 if [[ -n $port ]]; then
-    printf 'http://127.0.0.1:%s\n' "$port"
-    exec python3 -m http.server --bind 127.0.0.1 --directory docs/book "$port" 2>/dev/null
+    type -P python3 >/dev/null || scripts/install.sh python3
+    exec python3 -m http.server --bind 127.0.0.1 --directory docs/book "$port"
 fi

@@ -25,10 +25,9 @@ trap cleanup EXIT
 cp -r docs/book "$scratch/site"
 # The page that looks at the others, and the one with all the faults.
 cp scripts/check_book.html "$scratch/site/check.html"
-cat > "$scratch/site/faults.html" <<'END'
-<!doctype html><title>faults</title><div class="content">
-<img src="gone.svg"><pre style="width: 3000px">wide</pre></div><script>throw new Error("fault")</script>
-END
+faults='<img src="gone.svg"><p style="white-space: nowrap">'$(printf 'wide%.0s ' {1..200})
+faults+='</p><script>throw new Error("fault")</script></main>'
+sed "s|</main>|$faults|" docs/book/v01.html > "$scratch/site/faults.html"
 (cd "$scratch/site" && find . -name '*.html' ! -name check.html ! -name print.html ! -name 404.html \
     ! -name 'toc.html' -printf '%P\n' | sort) > "$scratch/site/pages.txt"
 

@@ -1,15 +1,30 @@
 #!/usr/bin/env bash
-# What changed from one chapter to another: the files of both, in colour, and what the second one
-# brought into common.
+# What changed from one chapter to a later one: the files of both, and what has come into common, in
+# colour.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
+
+readonly CHAPTERS=(v01 v02 v03 v04 v04-client)
 
 usage() {
     cat <<'END'
 Usage: scripts/diff.sh FROM TO
 
-Shows what changed between two chapters: v01, v02, v03, v04 or v04-client.
+Shows what changed from one chapter to a later one: v01, v02, v03, v04, v04-client.
 END
+}
+
+# The place of a chapter in the list.
+place_of() {
+    local n
+    for n in "${!CHAPTERS[@]}"; do
+        if [[ ${CHAPTERS[n]} == "$1" ]]; then
+            echo "$n"
+            return
+        fi
+    done
+    printf 'diff.sh: there is no chapter %s\n' "$1" >&2
+    exit 2
 }
 
 case ${1-} in
@@ -19,37 +34,52 @@ if (($# != 2)); then
     usage >&2
     exit 2
 fi
-for chapter in "$@"; do
-    if [[ ! -d reactor-$chapter/src ]]; then
-        printf 'diff.sh: there is no chapter %s\n' "$chapter" >&2
-        usage >&2
-        exit 2
-    fi
-done
+from=$(place_of "$1")
+to=$(place_of "$2")
+if ((from >= to)); then
+    printf 'diff.sh: %s does not come after %s\n' "$2" "$1" >&2
+    exit 2
+fi
 
 color=never
 if [[ -t 1 && -z ${NO_COLOR-} ]]; then
     color=always
 fi
 
-show() {
-    # It exits with 1 when there is a difference, as there should be.
-    git --no-pager diff --no-index --no-ext-diff --color="$color" "reactor-$1/src" "reactor-$2/src" || (($? == 1))
-    printf '\nNew in common:\n'
-    # The line of the item below each comment that says so, without its punctuation.
-    awk -v tag="(since $2)" '
-        index($0, tag) && /^\/\/!/ { print FILENAME }
-        index($0, tag) && /\/\/\// { found = 1 }
-        found && /^ *pub / { sub(/^ */, ""); sub(/[({;=].*/, ""); print FILENAME ": " $0; found = 0 }
-    ' common/src/*.rs
+# Exits with 1 when there is a difference, as there should be.
+compare() {
+    git --no-pager diff --no-index --no-ext-diff --color="$color" "$@" || (($? == 1))
 }
 
-if [[ $color = always ]]; then
-    pager=${PAGER:-cat}
-    if [[ -z ${PAGER-} ]] && type -P less >/dev/null; then
+show() {
+    compare "reactor-$1/src" "reactor-$2/src"
+    local chapter file
+    for chapter in "${CHAPTERS[@]:from + 1:to - from}"; do
+        for file in common/src/*.rs; do
+            if grep -q "^//!.*(since $chapter)" "$file"; then
+                compare /dev/null "$file"
+            fi
+        done
+        # In files that were there before: the line of the item below each comment that says so.
+        awk -v tag="(since $chapter)" '
+            FNR == 1 { new = 0 }
+            /^\/\/!/ && index($0, tag) { new = 1 }
+            /\/\/\// && index($0, tag) && !new { found = 1 }
+            found && /^ *pub / {
+                sub(/^ */, ""); sub(/ *[({;=].*/, "")
+                print "new in " FILENAME ": " $0
+                found = 0
+            }
+        ' common/src/*.rs
+    done
+}
+
+pager=''
+if [[ $color == always ]]; then
+    pager=${PAGER-}
+    if [[ -z $pager ]] && type -P less >/dev/null; then
         pager='less -RFX'
     fi
-    show "$@" | $pager
-else
-    show "$@"
 fi
+# Whoever has seen enough closes the pipe, and that is no failure.
+show "$@" | ${pager:-cat} || (($? == 141))

@@ -2,11 +2,11 @@
 # Installs those of Debian's packages that are named and missing, as root or by sudo.
 set -euo pipefail
 
-if (($# == 0)) || [[ $1 == -* ]]; then
-    echo 'Usage: scripts/install.sh PACKAGE...'
-    [[ ${1-} == -h || ${1-} == --help ]]
-    exit
-fi
+usage='Usage: scripts/install.sh PACKAGE...'
+case ${1-} in
+    -h | --help) echo "$usage" && exit ;;
+    '' | -*) echo "$usage" >&2 && exit 2 ;;
+esac
 missing=()
 for package in "$@"; do
     if [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) != installed ]]; then

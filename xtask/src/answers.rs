@@ -38,14 +38,14 @@ impl WorkspaceCopy {
         self.run("git", &["apply", "--whitespace=error", &patch.display().to_string()])?;
         // As strict as the course is with itself.
         self.run("cargo", &["fmt", "--all", "--check"])?;
-        let package = package_of(command)?;
-        let deny = ["--", "-D", "warnings"];
-        let clippy = ["clippy", "--quiet", "--locked", "--all-targets", "-p", package];
-        self.run("cargo", &[&clippy[..], &deny[..]].concat())?;
+        let clippy = "clippy --quiet --locked --workspace --all-targets -- -D warnings";
+        self.run("cargo", &clippy.split(' ').collect::<Vec<_>>())?;
         let text = self.run("bash", &["-c", command])?;
         // A filter that no test passes would succeed without a test.
         let ran = text.lines().any(|line| line.starts_with("test ") && line.ends_with(" ok"));
         ensure!(ran, "no test has run:\n{text}");
+        // And the chapter still does all that it did.
+        self.run("cargo", &["test", "--quiet", "--locked", "-p", package_of(command)?])?;
         Ok(())
     }
 
@@ -57,11 +57,12 @@ impl WorkspaceCopy {
             .output()?;
         ensure!(listed.status.success(), "git: {}", String::from_utf8_lossy(&listed.stderr));
         let listed = String::from_utf8(listed.stdout)?;
-        let wanted: Vec<&str> = listed.split_terminator('\0').collect();
+        let mut wanted: Vec<&str> = listed.split_terminator('\0').collect();
+        // Without what is deleted, but not committed yet.
+        wanted.retain(|name| self.root.join(name).exists());
         for name in &wanted {
             let (from, to) = (self.root.join(name), self.copy.join(name));
-            // Deleted, but not committed yet.
-            let Ok(text) = fs::read(&from) else { continue };
+            let text = fs::read(&from)?;
             if fs::read(&to).ok() != Some(text) {
                 fs::create_dir_all(to.parent().context("a file in a folder")?)?;
                 fs::copy(&from, &to)?;
@@ -110,6 +111,7 @@ pub fn all(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let folder = root.join("docs/answers");
     let entries = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
     let mut patches = entries.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
+    patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
     patches.sort();
     Ok(patches)
 }
@@ -140,7 +142,8 @@ mod tests {
         };
         write("Cargo.toml", "[package]\nname = \"a\"\nedition = \"2024\"\n\n[workspace]\n");
         write("Cargo.lock", "version = 4\n\n[[package]]\nname = \"a\"\nversion = \"0.0.0\"\n");
-        write("src/lib.rs", "#[test]\nfn one() {\n    assert_eq!(1, 1);\n}\n");
+        let other = "\n#[test]\nfn other() {\n    assert_eq!(1, 1);\n}\n";
+        write("src/lib.rs", &format!("#[test]\nfn one() {{\n    assert_eq!(1, 1);\n}}\n{other}"));
         write("gone.txt", "");
         let status = Command::new("git").args(["init", "--quiet"]).current_dir(&root).status();
         assert!(status.unwrap().success());
@@ -165,13 +168,17 @@ mod tests {
         };
         let test = "cargo test -p a one";
         check(patch(test, "assert_eq!(2, 2);")).unwrap();
-        assert!(!copy.copy.join("gone.txt").exists() || copy.root.join("gone.txt").exists());
+        assert!(copy.copy.join("gone.txt").exists());
+        fs::remove_file(copy.root.join("gone.txt")).unwrap();
+        check(patch(test, "assert_eq!(2, 2);")).unwrap();
+        assert!(!copy.copy.join("gone.txt").exists());
         for (text, what) in [
             (patch(test, "assert_eq!(1, 2);"), "cargo test"),
             (patch(test, "assert_eq!(1, x);"), "cannot find value"),
             (patch(test, "let x = 1;"), "unused variable"),
             (patch(test, "assert_eq!( 1, 1 );"), "Diff in"),
-            (patch("cargo test -p a other", "assert_eq!(2, 2);"), "no test has run"),
+            (patch("cargo test -p a third", "assert_eq!(2, 2);"), "no test has run"),
+            (patch("cargo test -p a other", "assert_eq!(1, 2);"), "cargo test"),
             (patch(test, "assert_eq!(2, 2);").replace("fn one", "fn two"), "git apply"),
             (patch(test, "assert_eq!(2, 2);").replace("Check: ", ""), "first line"),
         ] {

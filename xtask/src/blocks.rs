@@ -4,8 +4,9 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
+use pulldown_cmark::{CodeBlockKind, Event, Tag};
 
-use crate::pages::{Block, blocks, replace};
+use crate::pages::{Block, blocks, events, line_of, replace};
 use crate::sources::Sources;
 
 /// The page with all excerpts and answers as they are in their files.
@@ -13,17 +14,63 @@ use crate::sources::Sources;
 /// # Errors
 /// A block names something that does not exist, or has code in it and names nothing.
 pub fn refresh(page: &str, sources: &Sources, root: &Path) -> anyhow::Result<String> {
+    check_comments(page)?;
     let mut texts = Vec::new();
     for block in blocks(page) {
-        if let Some(text) = text_of(&block, sources, root).with_context(|| block.place())? {
+        let body = &page[block.range.clone()];
+        if let Some(text) = text_of(&block, body, sources, root).with_context(|| block.place())? {
             texts.push((block.range, text));
         }
     }
     Ok(replace(page, &texts))
 }
 
+/// What a comment can begin with, and whether a block has to follow.
+const COMMENTS: [(&str, bool); 6] = [
+    ("<!-- code: ", true),
+    ("<!-- file: ", true),
+    ("<!-- sequence: ", true),
+    ("<!-- illustration: ", true),
+    ("<!-- figures: ", false),
+    ("<!-- end of figures -->", false),
+];
+
+/// A comment that is misspelt would just be ignored, and so would a block that is no fenced one.
+fn check_comments(page: &str) -> anyhow::Result<()> {
+    for (event, range) in events(page) {
+        let line = line_of(page, range.start);
+        match event {
+            Event::Html(html) if html.trim_start().starts_with("<!--") => {
+                let known = COMMENTS.iter().find(|(start, _)| html.starts_with(start));
+                let Some((_, has_block)) = known else {
+                    bail!("line {line}: nobody understands {}", html.trim_end());
+                };
+                let at_start = page[..range.start].ends_with('\n');
+                ensure!(at_start, "line {line}: this comment has to begin the line");
+                let next = &page[range.start + html.len()..];
+                ensure!(!has_block || next.starts_with("```"), "line {line}: no block follows");
+            }
+            Event::Start(Tag::CodeBlock(CodeBlockKind::Indented)) => {
+                bail!("line {line}: an indented block, which has no language");
+            }
+            _ => {}
+        }
+    }
+    let count = |text| page.matches(text).count();
+    ensure!(
+        count("\n<!-- figures: ") == count("\n<!-- end of figures -->"),
+        "not every table of figures has a start and an end"
+    );
+    Ok(())
+}
+
 /// What a block should have in it, if its page does not decide that.
-fn text_of(block: &Block<'_>, sources: &Sources, root: &Path) -> anyhow::Result<Option<String>> {
+fn text_of(
+    block: &Block<'_>,
+    body: &str,
+    sources: &Sources,
+    root: &Path,
+) -> anyhow::Result<Option<String>> {
     if let Some(reason) = block.comment_of("illustration") {
         ensure!(!reason.trim().is_empty(), "an illustration needs a reason");
         return Ok(None);
@@ -31,14 +78,21 @@ fn text_of(block: &Block<'_>, sources: &Sources, root: &Path) -> anyhow::Result<
     let (text, language) = if let Some(args) = block.comment_of("code") {
         (sources.excerpts(args)?, "rust")
     } else if let Some(path) = block.comment_of("file") {
-        (
-            fs::read_to_string(root.join(path)).with_context(|| format!("there is no {path}"))?,
-            "diff",
-        )
+        let text = fs::read_to_string(root.join(path)).context(format!("there is no {path}"))?;
+        // The first line says where it is, for those who cannot see the comment.
+        (format!("# {path}\n{text}"), "diff")
     } else {
         match block.language {
-            // Replayed by another task; drawings and exercises' text need no source.
-            "console" | "text" => return Ok(None),
+            // Replayed by another task.
+            "console" => return Ok(None),
+            // Drawings, but no session that would be replayed if it were called one.
+            "text" => {
+                ensure!(
+                    !body.lines().any(|line| line.starts_with("$ ")),
+                    "this is a console session"
+                );
+                return Ok(None);
+            }
             "" => bail!("a block needs a language, `text` if nothing else"),
             language => bail!(
                 "{language} needs a source, `<!-- code: FILE, ITEM -->` or `<!-- file: FILE -->`, \
@@ -79,11 +133,16 @@ mod tests {
     #[test]
     fn blocks_without_a_source_are_found() {
         assert_broken("a\n```rust\nfn x() {}\n```\n", "line 2: rust needs a source");
-        assert_broken("<!-- code: a/b.rs, Type -->\n\n```rust\n```\n", "rust needs a source");
+        assert_broken("a\n\n<!-- code: a/b.rs, Type -->\n\n```rust\n```\n", "no block follows");
+        assert_broken("a\n\n<!-- code:a/b.rs, Type -->\n```rust\n```\n", "nobody understands");
+        assert_broken("a\n\n <!-- figures: cpu -->\n", "has to begin the line");
+        assert_broken("a\n\n<!-- end of figures -->\n", "not every table of figures");
+        assert_broken("a\n\n    fn x() {}\n", "an indented block");
+        assert_broken("a\n\n```text\n$ ls\n```\n", "this is a console session");
         assert_broken("```\nfn x() {}\n```\n", "needs a language");
-        assert_broken("<!-- code: a/b.rs, Gone -->\n```rust\n```\n", "there is no item Gone");
-        assert_broken("<!-- code: a/b.rs, Type -->\n```c\n```\n", "its language is \"rust\"");
-        assert_broken("<!-- file: gone.patch -->\n```diff\n```\n", "there is no gone.patch");
-        assert_broken("<!-- illustration:  -->\n```c\n```\n", "needs a reason");
+        assert_broken("a\n\n<!-- code: a/b.rs, Gone -->\n```rust\n```\n", "there is no item Gone");
+        assert_broken("a\n\n<!-- code: a/b.rs, Type -->\n```c\n```\n", "its language is \"rust\"");
+        assert_broken("a\n\n<!-- file: gone.patch -->\n```diff\n```\n", "there is no gone.patch");
+        assert_broken("a\n\n<!-- illustration:  -->\n```c\n```\n", "needs a reason");
     }
 }

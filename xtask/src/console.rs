@@ -8,16 +8,16 @@
 use std::env;
 use std::fmt::Write;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{SigSet, Signal, killpg};
 use nix::unistd::Pid;
 
 use crate::pages::{Block, blocks, replace};
@@ -28,21 +28,28 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// With no line for so long, all has been said: where it is not known what to wait for.
 const QUIET: Duration = Duration::from_millis(300);
 
-const CLOSE_OTHERS: &str = r#"for fd in {3..63}; do eval "exec $fd>&-"; done"#;
+/// Before each command: one pipe for both outputs, or the order of the lines is lost; no fd that this
+/// program was started with, or the server's would have other numbers; the limit that most shells
+/// have; and the netcat that the text is about.
+const PROLOGUE: &str = r#"exec 2>&1
+for fd in {3..63}; do eval "exec $fd>&-"; done
+ulimit -Sn 1024
+nc() { nc.openbsd "$@"; }"#;
 
-/// Where the programs of the workspace are, and the netcat that the text is about.
+/// The process groups of the commands that run. Whoever ends this program ends them, too.
+static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+/// Where the programs of the workspace are.
 pub struct Stage {
     root: PathBuf,
     programs: PathBuf,
-    path: String,
-    _folder: tempfile::TempDir,
 }
 
 impl Stage {
     /// Builds the programs.
     ///
     /// # Errors
-    /// They cannot be built; there is no netcat-openbsd.
+    /// They cannot be built; there is no netcat-openbsd; signals cannot be waited for.
     pub fn set(root: &Path) -> anyhow::Result<Self> {
         let mut cargo = Command::new(env::var_os("CARGO").context("to be run as `cargo xtask`")?);
         let build = cargo.args(["build", "--quiet", "--locked"]).current_dir(root);
@@ -52,22 +59,25 @@ impl Stage {
         ensure!(build.status()?.success(), "the chapters cannot be built");
         // This program is in target/debug, wherever that is, and so are they.
         let programs = env::current_exe()?.parent().context("a program in a folder")?.to_owned();
-        let folder = tempfile::tempdir()?;
-        let netcat = Path::new("/usr/bin/nc.openbsd");
-        ensure!(netcat.exists(), "the sessions need netcat-openbsd: apt install netcat-openbsd");
-        symlink(netcat, folder.path().join("nc"))?;
-        let path = env::var("PATH").unwrap_or_default();
-        let path = format!("{}:{path}", folder.path().display());
-        Ok(Self { root: root.to_owned(), programs, path, _folder: folder })
+        let netcat = Command::new("nc.openbsd").arg("-h").stderr(Stdio::null()).status();
+        netcat.context("the sessions need netcat-openbsd: apt install netcat-openbsd")?;
+        let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        // The commands do not inherit it: std gives them an empty mask.
+        signals.thread_block()?;
+        thread::spawn(move || {
+            let _ = signals.wait();
+            for &group in GROUPS.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+                let _ = killpg(group, Signal::SIGKILL);
+            }
+            std::process::exit(130);
+        });
+        Ok(Self { root: root.to_owned(), programs })
     }
 
     fn spawn(&self, command: &str) -> anyhow::Result<Child> {
-        Command::new("bash")
-            // One pipe for both, or the order of the lines is lost. And no fd that this program was
-            // started with, or the server's would have other numbers.
-            .args(["-c", &format!("exec 2>&1\n{CLOSE_OTHERS}\n{command}")])
+        let child = Command::new("bash")
+            .args(["-c", &format!("{PROLOGUE}\n{command}")])
             .current_dir(&self.root)
-            .env("PATH", &self.path)
             .env("LC_ALL", "C")
             .env_remove("RUST_LOG")
             .stdin(Stdio::null())
@@ -75,7 +85,9 @@ impl Stage {
             // A group of its own, that Ctrl-C can be meant for.
             .process_group(0)
             .spawn()
-            .with_context(|| format!("cannot run {command}"))
+            .with_context(|| format!("cannot run {command}"))?;
+        GROUPS.lock().unwrap_or_else(PoisonError::into_inner).push(group(&child));
+        Ok(child)
     }
 }
 
@@ -126,6 +138,7 @@ struct Step<'a> {
 }
 
 fn parse(text: &str) -> anyhow::Result<Vec<Step<'_>>> {
+    ensure!(!text.is_empty(), "an empty session");
     let mut steps: Vec<Step<'_>> = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
@@ -160,6 +173,8 @@ impl Drop for Running {
             let _ = killpg(group(&self.child), Signal::SIGKILL);
             let _ = self.child.wait();
         }
+        let group = group(&self.child);
+        GROUPS.lock().unwrap_or_else(PoisonError::into_inner).retain(|&it| it != group);
     }
 }
 
@@ -190,7 +205,8 @@ fn play(steps: &[Step<'_>], stage: &Stage, known: bool) -> anyhow::Result<Vec<Ve
                         line.contains("listening on ")
                     })
                 } else if background.is_none() {
-                    wait_for(&mut child, &lines, &mut output, |_| false)
+                    let ended = wait_for(&mut child, &lines, &mut output, |_| false);
+                    ended.and_then(|()| succeeded(&mut child))
                 } else {
                     Ok(())
                 }
@@ -216,7 +232,20 @@ fn play(steps: &[Step<'_>], stage: &Stage, known: bool) -> anyhow::Result<Vec<Ve
         output.extend(lines.try_iter());
         outputs.push(output);
     }
+    // There may be more than is known.
+    if let Some(last) = outputs.last_mut() {
+        while let Ok(line) = lines.recv_timeout(QUIET) {
+            last.push(line);
+        }
+    }
     Ok(outputs)
+}
+
+/// A command that fails unnoticed is a mistake of the text, which can say `; echo "exit code $?"`.
+fn succeeded(child: &mut Child) -> anyhow::Result<()> {
+    let status = child.try_wait()?.context("it does not end")?;
+    ensure!(status.success(), "it fails: {status}");
+    Ok(())
 }
 
 /// Hands on the lines of a process.
@@ -370,10 +399,7 @@ mod tests {
     use super::*;
 
     fn stage() -> Stage {
-        let folder = tempfile::tempdir().unwrap();
-        let path = env::var("PATH").unwrap();
-        let (root, programs) = (folder.path().to_owned(), folder.path().to_owned());
-        Stage { root, programs, path, _folder: folder }
+        Stage { root: env::temp_dir(), programs: env::temp_dir() }
     }
 
     fn page(session: &str) -> String {
@@ -400,6 +426,10 @@ mod tests {
         assert_broken("$ echo a; echo b\na\n", "+b\n");
         assert_broken("$ true\n^C\n", "no server to stop");
         assert_broken("a\n", "does not begin with a command");
+        assert_broken("", "an empty session");
+        assert_broken("$ false\n", "it fails");
+        // After the last line that is known.
+        assert_broken("$ (echo a; sleep 0.1; echo b) &\na\n", "+b\n");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use clap::{Parser, Subcommand};
 
 use crate::mentions::{ForeignNames, World};
@@ -134,7 +134,7 @@ fn check_mentions(root: &Path, sources: &Sources) -> anyhow::Result<()> {
     mentions::check_foreign(&foreign, &used)
 }
 
-/// Whether the book has all of its pages, and the pages all of the answers.
+/// Whether the book has all of its pages, and the pages all of the pictures and answers.
 fn check_book(root: &Path) -> anyhow::Result<()> {
     let summary = read(root, Path::new("docs/src/SUMMARY.md"))?;
     let listed: BTreeSet<PathBuf> = pages::mentions(&summary)
@@ -145,12 +145,22 @@ fn check_book(root: &Path) -> anyhow::Result<()> {
         })
         .collect();
     let mut shown = BTreeSet::new();
+    let mut pictures = BTreeSet::new();
     for path in all_pages(root)? {
         let in_book = path.starts_with("docs/src") && !path.ends_with("SUMMARY.md");
         ensure!(!in_book || listed.contains(&path), "SUMMARY.md lacks {}", path.display());
-        for block in pages::blocks(&read(root, &path)?) {
+        let page = read(root, &path)?;
+        for block in pages::blocks(&page) {
             shown.extend(block.comment_of("file").map(|path| root.join(path)));
         }
+        for (_, mention) in pages::mentions(&page) {
+            if let Mention::Link(link) = mention {
+                pictures.insert(path.with_file_name(link));
+            }
+        }
+    }
+    for path in files(root, "svg")? {
+        ensure!(pictures.contains(&path), "no page shows {}", path.display());
     }
     for patch in answers::all(root)? {
         ensure!(shown.contains(&patch), "no page shows {}", patch.display());
@@ -207,7 +217,16 @@ fn pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 fn all_pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let mut pages = vec![PathBuf::from("README.md")];
+    let mut pages = files(root, "md")?;
+    ensure!(!pages.is_empty(), "docs has no pages");
+    pages.push("README.md".into());
+    pages.sort();
+    Ok(pages)
+}
+
+/// What has this extension in docs. From the root.
+fn files(root: &Path, extension: &str) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
     let mut folders = vec![root.join("docs")];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
@@ -217,16 +236,12 @@ fn all_pages(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
                 if path != root.join("docs/book") {
                     folders.push(path);
                 }
-            } else if path.extension().is_some_and(|extension| extension == "md") {
-                pages.push(path.strip_prefix(root)?.to_owned());
+            } else if path.extension().is_some_and(|it| it == extension) {
+                files.push(path.strip_prefix(root)?.to_owned());
             }
         }
     }
-    pages.sort();
-    if pages.len() < 2 {
-        bail!("docs has no pages");
-    }
-    Ok(pages)
+    Ok(files)
 }
 
 #[cfg(test)]
@@ -310,6 +325,11 @@ mod tests {
             assert!(format!("{err:#}").contains(what), "{name}: {err:#}");
             fs::write(root.join(name), text).unwrap();
         }
+        let orphan = root.join("docs/src/orphan.svg");
+        fs::write(&orphan, "").unwrap();
+        let err = docs(root, true).unwrap_err();
+        assert!(err.to_string().contains("no page shows docs/src/orphan.svg"), "{err:#}");
+        fs::remove_file(&orphan).unwrap();
         fs::write(root.join("docs/answers/v01-2.patch"), "").unwrap();
         let err = docs(root, true).unwrap_err();
         assert!(err.to_string().contains("no page shows"), "{err:#}");

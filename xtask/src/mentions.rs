@@ -44,6 +44,7 @@ pub fn check(world: &World<'_>, path: &Path, page: &str) -> anyhow::Result<BTree
             Mention::Anchor(_) => Ok(()),
             Mention::Link(url) => check_link(world, path, url),
             Mention::Code(code) => check_code(world, code, &mut used),
+            Mention::Item(file, name) => check_item(world, file, name),
         };
         if let Err(err) = result {
             mistakes += &format!("\n  line {line}: {err:#}");
@@ -87,7 +88,44 @@ fn normal(path: &Path) -> anyhow::Result<PathBuf> {
     Ok(normal)
 }
 
+fn check_item(world: &World<'_>, file: &str, name: &str) -> anyhow::Result<()> {
+    let name = name.strip_suffix("()").unwrap_or(name);
+    // A module's own name may be before it.
+    let module = file.rsplit('/').next().unwrap_or(file).trim_end_matches("rs").replace('.', "::");
+    let name = name.strip_prefix(&module).unwrap_or(name);
+    ensure!(!is_name(name) || world.sources.has_in(file, name), "{file} has nothing called {name}");
+    Ok(())
+}
+
+/// `Type::method` and the like.
+fn is_name(text: &str) -> bool {
+    text.split("::").all(|part| {
+        let mut chars = part.chars();
+        chars.next().is_some_and(|char| char.is_ascii_alphabetic() || char == '_')
+            && chars.all(|char| char.is_ascii_alphanumeric() || char == '_')
+    })
+}
+
+/// A command, whose paths and packages have to exist.
+fn check_command(world: &World<'_>, command: &str) -> anyhow::Result<()> {
+    let words: Vec<&str> = command.split_whitespace().collect();
+    for (n, word) in words.iter().enumerate() {
+        let folder = word.split('/').next().unwrap_or_default();
+        let is_path = word.contains('/') && !folder.is_empty() && folder != "target";
+        if is_path && world.root.join(folder).is_dir() {
+            ensure!(world.root.join(word).exists(), "there is no file {word}");
+        }
+        if n > 0 && words[n - 1] == "-p" && words[0] == "cargo" {
+            ensure!(world.root.join(word).is_dir(), "there is no package {word}");
+        }
+    }
+    Ok(())
+}
+
 fn check_code(world: &World<'_>, code: &str, used: &mut BTreeSet<String>) -> anyhow::Result<()> {
+    if code.contains(' ') {
+        return check_command(world, code);
+    }
     let is_path = code.contains('/')
         || [".rs", ".sh", ".md", ".toml", ".json"].iter().any(|end| code.ends_with(end));
     let is_plain = |char: char| char.is_ascii_alphanumeric() || "_-./".contains(char);
@@ -99,15 +137,11 @@ fn check_code(world: &World<'_>, code: &str, used: &mut BTreeSet<String>) -> any
         ensure!(exists, "there is no file {code}");
         return Ok(());
     }
-    let name = code.strip_suffix("()").unwrap_or(code);
-    let is_name = name.split("::").all(|part| {
-        let mut chars = part.chars();
-        chars.next().is_some_and(|char| char.is_ascii_alphabetic() || char == '_')
-            && chars.all(|char| char.is_ascii_alphanumeric() || char == '_')
-    });
+    // A call or a generic type: what is before its brackets.
+    let name = code.split(['(', '<']).next().unwrap_or(code);
     // A crate goes by the name of its folder.
     let is_ours = world.sources.has_name(name) || world.root.join(name).is_dir();
-    if !is_name || is_ours || foreign(world, name, used) {
+    if !is_name(name) || is_ours || foreign(world, name, used) {
         return Ok(());
     }
     bail!(
@@ -149,7 +183,7 @@ mod tests {
 
     #[test]
     fn what_exists_passes() {
-        let page = "`Type::method` `Type` `method()` `epoll_wait` `cargo run -p x` `127.0.0.1:7777` `b.rs` \
+        let page = "`Type::method` `Type` `method()` `epoll_wait` `cargo run -p common` `b.rs`, `Type` `127.0.0.1:7777` `b.rs` \
             `/proc/self` `common/src/net.rs` `common/` [a](https://b.c/d) [e](../README.md#one-two) [f](#g-h)\n\n\
             ## G h\n";
         let page = page.replace("[f](#g-h)", "[f](../README.md)");
@@ -166,6 +200,11 @@ mod tests {
     fn what_does_not_exist_is_named_with_its_line() {
         assert_broken("a\n\n`Type::gone`", "line 3: nothing goes by the name of Type::gone");
         assert_broken("`gone()`", "the name of gone");
+        assert_broken("`Type::gone(fd)`", "the name of Type::gone");
+        assert_broken("`Gone<T>`", "the name of Gone");
+        assert_broken("`scripts/gone.sh v01 v02`", "there is no file scripts/gone.sh");
+        assert_broken("`cargo run -p reactor-v09`", "there is no package reactor-v09");
+        assert_broken("`b.rs`, `gone`", "b.rs has nothing called gone");
         assert_broken("`common/src/gone.rs`", "there is no file common/src/gone.rs");
         assert_broken("`gone.rs`", "there is no file gone.rs");
         assert_broken("[a](gone.md)", "gone.md leads to nothing");

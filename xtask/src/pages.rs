@@ -85,6 +85,8 @@ pub enum Mention {
     Link(String),
     /// A bit of code in a sentence.
     Code(String),
+    /// A name right after that of a source, as in `net.rs`, `connect`.
+    Item(String, String),
 }
 
 /// All that a page mentions. Code within a link to elsewhere is elsewhere's.
@@ -92,6 +94,7 @@ pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
     let mut mentions = Vec::new();
     let mut heading: Option<String> = None;
     let mut elsewhere = false;
+    let mut file: Option<String> = None;
     for (event, range) in events(page) {
         let mention = match event {
             Event::Start(Tag::Heading { .. }) => {
@@ -111,14 +114,27 @@ pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
             }
             Event::Code(_) if elsewhere => continue,
             Event::Code(code) => {
+                let line = line_of(page, range.start);
+                if code.ends_with(".rs") {
+                    file = Some(code.to_string());
+                } else if let Some(file) = &file {
+                    mentions.push((line, Mention::Item(file.clone(), code.to_string())));
+                }
                 heading.iter_mut().for_each(|text| text.push_str(&code));
                 Mention::Code(code.into_string())
             }
             Event::Text(text) => {
+                if &*text != ", " {
+                    file = None;
+                }
                 heading.iter_mut().for_each(|heading| heading.push_str(&text));
                 continue;
             }
-            _ => continue,
+            Event::SoftBreak => continue,
+            _ => {
+                file = None;
+                continue;
+            }
         };
         mentions.push((line_of(page, range.start), mention));
     }

@@ -139,36 +139,28 @@ fn type_name(ty: &syn::Type) -> String {
     .unwrap_or_default()
 }
 
+/// The name of an item, for the kinds that have one and can be shown by it.
+fn named(item: &syn::Item) -> Option<(&syn::Ident, &[syn::Attribute], &syn::Visibility)> {
+    Some(match item {
+        syn::Item::Const(it) => (&it.ident, &it.attrs, &it.vis),
+        syn::Item::Enum(it) => (&it.ident, &it.attrs, &it.vis),
+        syn::Item::Fn(it) => (&it.sig.ident, &it.attrs, &it.vis),
+        syn::Item::Static(it) => (&it.ident, &it.attrs, &it.vis),
+        syn::Item::Struct(it) => (&it.ident, &it.attrs, &it.vis),
+        syn::Item::Trait(it) => (&it.ident, &it.attrs, &it.vis),
+        syn::Item::Type(it) => (&it.ident, &it.attrs, &it.vis),
+        _ => return None,
+    })
+}
+
 impl<'ast> Visit<'ast> for Finder {
     fn visit_item(&mut self, item: &'ast syn::Item) {
+        if let Some((ident, attrs, visibility)) = named(item) {
+            let name = ident.to_string();
+            self.item(item, attrs, is_public(visibility), &name);
+            return self.inside(&name, |finder| visit::visit_item(finder, item));
+        }
         match item {
-            syn::Item::Fn(it) => {
-                self.item(item, &it.attrs, is_public(&it.vis), &it.sig.ident.to_string())
-            }
-            syn::Item::Const(it) => {
-                self.item(item, &it.attrs, is_public(&it.vis), &it.ident.to_string())
-            }
-            syn::Item::Static(it) => {
-                self.item(item, &it.attrs, is_public(&it.vis), &it.ident.to_string())
-            }
-            syn::Item::Type(it) => {
-                self.item(item, &it.attrs, is_public(&it.vis), &it.ident.to_string())
-            }
-            syn::Item::Struct(it) => {
-                let name = it.ident.to_string();
-                self.item(item, &it.attrs, is_public(&it.vis), &name);
-                self.inside(&name, |finder| visit::visit_item(finder, item));
-            }
-            syn::Item::Enum(it) => {
-                let name = it.ident.to_string();
-                self.item(item, &it.attrs, is_public(&it.vis), &name);
-                self.inside(&name, |finder| visit::visit_item(finder, item));
-            }
-            syn::Item::Trait(it) => {
-                let name = it.ident.to_string();
-                self.item(item, &it.attrs, is_public(&it.vis), &name);
-                self.inside(&name, |finder| visit::visit_item(finder, item));
-            }
             syn::Item::Impl(it) => {
                 let ty = type_name(&it.self_ty);
                 let name = match &it.trait_ {
@@ -269,11 +261,20 @@ impl Sources {
 
     /// Whether anything goes by this name: `decode`, or `message::decode`, or `TcpConn::do_read`.
     pub fn has_name(&self, name: &str) -> bool {
-        self.0.iter().any(|(path, source)| {
+        // What checks the text is not what it is about.
+        let course = self.0.iter().filter(|(path, _)| !path.starts_with("xtask/"));
+        course.into_iter().any(|(path, source)| {
             let module = path.rsplit('/').next().and_then(|file| file.strip_suffix(".rs"));
             let within = module.and_then(|module| name.strip_prefix(module)?.strip_prefix("::"));
             source.names.contains(name) || within.is_some_and(|name| source.names.contains(name))
         })
+    }
+
+    /// Whether a file, which may be named by the end of its path, has something by this name.
+    pub fn has_in(&self, file: &str, name: &str) -> bool {
+        let end = format!("/{file}");
+        let files = self.0.iter().filter(|(path, _)| *path == file || path.ends_with(&end));
+        files.into_iter().any(|(_, source)| source.names.contains(name))
     }
 
     /// What a comment `code: FILE, ITEM; ITEM` stands for. The first line says it again, for those
