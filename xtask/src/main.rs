@@ -134,6 +134,10 @@ fn check_mentions(root: &Path, sources: &Sources) -> anyhow::Result<()> {
             Err(err) => mistakes += &format!("\n{}:{err:#}", path.display()),
         }
     }
+    for path in files(root, "svg")? {
+        let svg = read(root, &path)?;
+        mentions::check_picture(&world, &svg).with_context(|| path.display().to_string())?;
+    }
     ensure!(mistakes.is_empty(), "{mistakes}");
     mentions::check_foreign(&foreign, &used)
 }
@@ -253,7 +257,7 @@ fn files(root: &Path, extension: &str) -> anyhow::Result<Vec<PathBuf>> {
 mod tests {
     use super::*;
 
-    const PAGE: &str = "# Chapter\n\n`A` `epoll_wait` [diff](diffs/v01-v02.md) ![p](s.svg)\n\n\
+    const PAGE: &str = "# Chapter\n\n`A` `epoll_wait` [diff](diffs/v01-v02.md) ![p](s.svg) ![q](drawn.svg)\n\n\
         <!-- code: common/src/lib.rs, A -->\n```rust\n```\n\n\
         <!-- file: docs/answers/v01-1.patch -->\n```diff\n```\n\n\
         <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
@@ -268,7 +272,9 @@ mod tests {
             fs::write(path, text).unwrap();
         };
         write("README.md", "# Readme\n");
-        write("common/src/lib.rs", "/// Came in (since v02).\npub struct A;\n");
+        let item = "/// Came in (since v02).\npub struct A;\n";
+        write("common/src/lib.rs", &format!("{item}\nfn call_it() {{}}\n"));
+        write("docs/src/drawn.svg", "<svg><text x=\"1\">call_it, then</text></svg>\n");
         for chapter in ["v01", "v02", "v03", "v04", "v04-client"] {
             write(
                 &format!("reactor-{chapter}/src/main.rs"),
@@ -307,6 +313,7 @@ mod tests {
             ("docs/src/v01.md", "`A`", "`B`", "the name of B"),
             ("docs/src/v01.md", "1 ready", "2 ready", "not up to date: docs/src/s.svg"),
             ("docs/src/s.svg", "1 ready", "2 ready", "not up to date: docs/src/s.svg"),
+            ("docs/src/drawn.svg", "call_it", "call_me", "there is nothing called call_me"),
             ("docs/src/diffs/v01-v02.md", "+", "-", "not up to date: docs/src/diffs/v01-v02.md"),
             ("docs/src/SUMMARY.md", "[Chapter](v01.md)", "", "SUMMARY.md lacks docs/src/v01.md"),
             ("docs/names.txt", "epoll_wait", "epoll_wait other", "no page uses: other"),

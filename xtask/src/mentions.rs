@@ -157,6 +157,20 @@ fn foreign(world: &World<'_>, name: &str, used: &mut BTreeSet<String>) -> bool {
     known
 }
 
+/// Looks at the words of a drawing that can only be names, as `do_read` can.
+///
+/// # Errors
+/// The course has nothing by one of them.
+pub fn check_picture(world: &World<'_>, svg: &str) -> anyhow::Result<()> {
+    let texts = svg.split('>').filter_map(|part| part.split('<').next());
+    let words = texts.flat_map(|text| text.split([' ', ',', ':', '\n']));
+    for word in words.filter(|word| word.contains('_') && is_name(word)) {
+        let known = world.sources.has_name(word) || world.foreign.0.contains(word);
+        ensure!(known, "there is nothing called {word}");
+    }
+    Ok(())
+}
+
 /// # Errors
 /// The list has names that no page uses.
 pub fn check_foreign(foreign: &ForeignNames, used: &BTreeSet<String>) -> anyhow::Result<()> {
