@@ -206,13 +206,11 @@ fn only_so_much_is_sent_without_a_reply() {
     assert!((window..window + message.len()).contains(&unanswered), "{unanswered} bytes");
 }
 
-/// Small segments make the client's socket take little at a time, and no reply comes before
-/// everything has been sent.
 /// A server that replies to what it has not read: what is sent ahead stays bounded, and that it is
 /// silent in the end is noticed.
 #[test]
 fn replies_to_nothing_do_not_open_the_window() {
-    let (addr, _server) = serve(vec![|stream: TcpStream| {
+    let (addr, server) = serve(vec![|stream: TcpStream| {
         // A few at a time, so that they meet messages on their way.
         for _ in 0..200 {
             write(&stream, &frame(1, b"").repeat(100));
@@ -224,9 +222,11 @@ fn replies_to_nothing_do_not_open_the_window() {
     let line = [&[b'x'; 999][..], b"\n"].concat();
     let stdin = pipe_with(line.repeat(64_000));
     let mut process =
-        Process::start(client(addr, &["--timeout", "1"]).stdin(stdin).stdout(Stdio::null()));
+        Process::start(client(addr, &["--timeout", "5"]).stdin(stdin).stdout(Stdio::null()));
+    // Only then is it silent.
+    server.join().unwrap();
     assert_eq!(process.wait().code(), Some(1));
-    process.wait_for_log("silent for 1s");
+    process.wait_for_log("silent for 5s");
 }
 
 /// A pipe full, what is sent ahead and what one read brings: what cannot be sent yet stays where it
@@ -243,6 +243,8 @@ fn reads_no_more_lines_than_it_may_send() {
     assert!(taken <= 64 << 10, "{taken} bytes");
 }
 
+/// Small segments make the client's socket take little at a time, and no reply comes before
+/// everything has been sent.
 #[test]
 fn what_the_socket_does_not_take_is_sent_when_it_does() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
