@@ -197,21 +197,23 @@ fn play(steps: &[Step<'_>], stage: &Stage, known: bool) -> anyhow::Result<Vec<Ve
             Some(text) => {
                 let (command, is_server) = prepare(text, port, &stage.programs);
                 let background = command.strip_suffix(" &");
-                let mut child = stage.spawn(background.unwrap_or(&command))?;
-                print_into(&mut child, sender.clone())?;
+                let child = stage.spawn(background.unwrap_or(&command))?;
+                let mut started = Running { child, is_server };
+                let child = &mut started.child;
+                print_into(child, sender.clone())?;
                 if is_server {
-                    wait_for(&mut child, &lines, &mut output, |line| {
+                    wait_for(child, &lines, &mut output, |line| {
                         port = port_in(line).or(port);
                         line.contains("listening on ")
                     })
                 } else if background.is_none() {
-                    let ended = wait_for(&mut child, &lines, &mut output, |_| false);
-                    ended.and_then(|()| succeeded(&mut child))
+                    let ended = wait_for(child, &lines, &mut output, |_| false);
+                    ended.and_then(|()| succeeded(child))
                 } else {
                     Ok(())
                 }
                 .with_context(|| text.to_owned())?;
-                running.push(Running { child, is_server });
+                running.push(started);
             }
             None => {
                 let server = running.iter_mut().rev().find(|running| running.is_server);
@@ -436,6 +438,21 @@ mod tests {
     fn a_session_that_says_something_else_is_refreshed() {
         let (old, new) = ("$ echo a\nb\n$ true\nc\n", "$ echo a\na\n$ true\n");
         assert_eq!(refresh(&page(old), &stage()).unwrap(), page(new));
+    }
+
+    #[test]
+    fn nothing_goes_on_after_a_session() {
+        let child = stage().spawn("sleep 60 | sleep 60").unwrap();
+        let running = Running { child, is_server: false };
+        let group = group(&running.child);
+        assert_eq!(killpg(group, None), Ok(()));
+        drop(running);
+        let start = Instant::now();
+        // Those that the shell had started are not this program's to wait for.
+        while killpg(group, None).is_ok() {
+            assert!(start.elapsed() < LIMIT, "it goes on");
+            thread::sleep(Duration::from_millis(2));
+        }
     }
 
     #[test]
