@@ -204,9 +204,10 @@ impl Report {
         let Machine { processor, processors, kernel, congestion_control, rustc, commit } =
             &self.machine;
         let Self { rounds, seconds, .. } = self;
+        let s = if *rounds == 1 { "" } else { "s" };
         format!(
             "{processor}, {processors} processors, Linux {kernel}, TCP {congestion_control}, \
-             {rustc}, commit {commit}; {rounds} rounds of {seconds} s for each server, of which the \
+             {rustc}, commit {commit}; {rounds} round{s} of {seconds} s for each server, of which the \
              medians; memory and system calls once.\n"
         )
     }
