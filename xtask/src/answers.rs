@@ -56,7 +56,9 @@ impl WorkspaceCopy {
     /// Makes the copy as the workspace is.
     fn reset(&self) -> anyhow::Result<()> {
         let listed = Command::new("git")
-            .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+            // The folder may belong to somebody else, who has cloned it.
+            .args(["-c", "safe.directory=*", "ls-files", "-z"])
+            .args(["--cached", "--others", "--exclude-standard"])
             .current_dir(&self.root)
             .output()?;
         ensure!(listed.status.success(), "git: {}", String::from_utf8_lossy(&listed.stderr));
