@@ -43,13 +43,15 @@ static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 pub struct Stage {
     root: PathBuf,
     programs: PathBuf,
+    /// Whether strace may look at other processes.
+    can_trace: bool,
 }
 
 impl Stage {
     /// Builds the programs.
     ///
     /// # Errors
-    /// They cannot be built; there is no netcat-openbsd; signals cannot be waited for.
+    /// They cannot be built; there is no netcat-openbsd or no strace; signals cannot be waited for.
     pub fn set(root: &Path) -> anyhow::Result<Self> {
         let mut cargo = Command::new(env::var_os("CARGO").context("to be run as `cargo xtask`")?);
         let build = cargo.args(["build", "--quiet", "--locked"]).current_dir(root);
@@ -71,7 +73,9 @@ impl Stage {
             }
             std::process::exit(130);
         });
-        Ok(Self { root: root.to_owned(), programs })
+        let strace = Command::new("strace").args(["-o", "/dev/null", "true"]).output();
+        let strace = strace.context("the sessions need strace: apt install strace")?;
+        Ok(Self { root: root.to_owned(), programs, can_trace: strace.status.success() })
     }
 
     fn spawn(&self, command: &str) -> anyhow::Result<Child> {
@@ -98,7 +102,7 @@ impl Stage {
 /// A command cannot be run or does not end.
 pub fn refresh(page: &str, stage: &Stage) -> anyhow::Result<String> {
     let mut texts = Vec::new();
-    for block in sessions(page) {
+    for block in sessions(page, stage) {
         let steps = parse(&page[block.range.clone()]).with_context(|| block.place())?;
         let outputs = play(&steps, stage, false).with_context(|| block.place())?;
         if compare(&steps, &outputs).is_err() {
@@ -113,7 +117,7 @@ pub fn refresh(page: &str, stage: &Stage) -> anyhow::Result<String> {
 /// # Errors
 /// One of them prints something else, or fails.
 pub fn check(page: &str, stage: &Stage) -> anyhow::Result<usize> {
-    let sessions = sessions(page);
+    let sessions = sessions(page, stage);
     for block in &sessions {
         let steps = parse(&page[block.range.clone()]).with_context(|| block.place())?;
         let outputs = play(&steps, stage, true).with_context(|| block.place())?;
@@ -122,10 +126,17 @@ pub fn check(page: &str, stage: &Stage) -> anyhow::Result<usize> {
     Ok(sessions.len())
 }
 
-fn sessions(page: &str) -> Vec<Block<'_>> {
+/// Those that can be played here: a container may forbid strace(1).
+fn sessions<'a>(page: &'a str, stage: &Stage) -> Vec<Block<'a>> {
     let mut blocks = blocks(page);
-    blocks
-        .retain(|block| block.language == "console" && block.comment_of("illustration").is_none());
+    blocks.retain(|block| {
+        let is_session = block.language == "console" && block.comment_of("illustration").is_none();
+        let possible = stage.can_trace || !page[block.range.clone()].contains("strace ");
+        if is_session && !possible {
+            eprintln!("{} is not played: strace may not be used here", block.place());
+        }
+        is_session && possible
+    });
     blocks
 }
 
@@ -401,7 +412,7 @@ mod tests {
     use super::*;
 
     fn stage() -> Stage {
-        Stage { root: env::temp_dir(), programs: env::temp_dir() }
+        Stage { root: env::temp_dir(), programs: env::temp_dir(), can_trace: true }
     }
 
     fn page(session: &str) -> String {
@@ -438,6 +449,13 @@ mod tests {
     fn a_session_that_says_something_else_is_refreshed() {
         let (old, new) = ("$ echo a\nb\n$ true\nc\n", "$ echo a\na\n$ true\n");
         assert_eq!(refresh(&page(old), &stage()).unwrap(), page(new));
+    }
+
+    #[test]
+    fn what_may_not_be_traced_is_not_played() {
+        let page = page("$ echo 'strace -c'\nx\n");
+        assert!(check(&page, &stage()).is_err());
+        assert_eq!(check(&page, &Stage { can_trace: false, ..stage() }).unwrap(), 0);
     }
 
     #[test]
