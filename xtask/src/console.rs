@@ -171,7 +171,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Step<'_>>> {
     Ok(steps)
 }
 
-/// What runs, and what it has printed.
+/// A command that runs, until this is dropped.
 struct Running {
     child: Child,
     is_server: bool,
@@ -354,18 +354,17 @@ fn render(steps: &[Step<'_>], outputs: &[Vec<String>]) -> String {
     text
 }
 
+/// The lines that a server's log or strace wrote, or all the others, as they are compared.
+fn of_kind<'a>(is_log: bool, lines: impl Iterator<Item = &'a str>) -> String {
+    let lines = lines.map(normal).filter(|(log, _)| *log == is_log).map(|(_, line)| line);
+    lines.collect::<Vec<_>>().join("\n")
+}
+
 fn compare(steps: &[Step<'_>], outputs: &[Vec<String>]) -> anyhow::Result<()> {
-    let text = |is_log| -> Vec<String> {
-        let lines = steps.iter().flat_map(|step| &step.output).map(|line| normal(line));
-        lines.filter(|(log, _)| *log == is_log).map(|(_, line)| line).collect()
-    };
-    let run = |is_log| -> Vec<String> {
-        let lines = outputs.iter().flatten().map(|line| normal(line));
-        lines.filter(|(log, _)| *log == is_log).map(|(_, line)| line).collect()
-    };
     let mut message = String::new();
     for is_log in [true, false] {
-        let (text, run) = (text(is_log).join("\n"), run(is_log).join("\n"));
+        let text = of_kind(is_log, steps.iter().flat_map(|step| step.output.iter().copied()));
+        let run = of_kind(is_log, outputs.iter().flatten().map(String::as_str));
         if text != run {
             for change in similar::TextDiff::from_lines(&text, &run).iter_all_changes() {
                 writeln!(message, "{}{}", change.tag(), change.value().trim_end_matches('\n'))?;

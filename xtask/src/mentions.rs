@@ -190,18 +190,21 @@ mod tests {
             root: Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(),
             sources: &sources::tests::sources(),
             foreign: &ForeignNames::parse("epoll_wait  # a call\nTcpStream::connect a.cpp\n"),
-            page: &|path| (path == Path::new("README.md")).then(|| "# One two\n".to_owned()),
+            page: &|path| match path.to_str()? {
+                "README.md" => Some("# One two\n".to_owned()),
+                "docs/README.md" => Some(page.to_owned()),
+                _ => None,
+            },
         };
-        check(&world, Path::new("docs/page.md"), page)
+        check(&world, Path::new("docs/README.md"), page)
     }
 
     #[test]
     fn what_exists_passes() {
-        let page = "`Type::method` `Type` `method()` `epoll_wait` `cargo run -p common` `b.rs`, `Type` `127.0.0.1:7777` `b.rs` \
-            `/proc/self` `common/src/net.rs` `common/` [a](https://b.c/d) [e](../README.md#one-two) [f](#g-h)\n\n\
-            ## G h\n";
-        let page = page.replace("[f](#g-h)", "[f](../README.md)");
-        assert_eq!(checked(&page).unwrap(), ["epoll_wait".to_owned()].into());
+        let page = "`Type::method` `Type` `method()` `epoll_wait` `cargo run -p common` \
+            `b.rs`, `Type` `127.0.0.1:7777` `b.rs` `/proc/self` `common/src/net.rs` `common/` \
+            [a](https://b.c/d) [e](../README.md#one-two) [f](#g-h) [i](../README.md)\n\n## G h\n";
+        assert_eq!(checked(page).unwrap(), ["epoll_wait".to_owned()].into());
     }
 
     #[track_caller]
@@ -224,6 +227,7 @@ mod tests {
         assert_broken("[a](gone.md)", "gone.md leads to nothing");
         assert_broken("![a](gone.svg)", "gone.svg leads to nothing");
         assert_broken("[a](../README.md#one-three)", "leads to no heading");
+        assert_broken("[a](#one)", "leads to no heading");
         assert_broken("[a](http://b.c)", "neither https nor a path");
         assert_broken("[a](../../README.md)", "leads out");
     }

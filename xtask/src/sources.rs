@@ -262,8 +262,8 @@ impl Sources {
     /// Whether anything goes by this name: `decode`, or `message::decode`, or `TcpConn::do_read`.
     pub fn has_name(&self, name: &str) -> bool {
         // What checks the text is not what it is about.
-        let course = self.0.iter().filter(|(path, _)| !path.starts_with("xtask/"));
-        course.into_iter().any(|(path, source)| {
+        let mut course = self.0.iter().filter(|(path, _)| !path.starts_with("xtask/"));
+        course.any(|(path, source)| {
             let module = path.rsplit('/').next().and_then(|file| file.strip_suffix(".rs"));
             let within = module.and_then(|module| name.strip_prefix(module)?.strip_prefix("::"));
             source.names.contains(name) || within.is_some_and(|name| source.names.contains(name))
@@ -273,8 +273,8 @@ impl Sources {
     /// Whether a file, which may be named by the end of its path, has something by this name.
     pub fn has_in(&self, file: &str, name: &str) -> bool {
         let end = format!("/{file}");
-        let files = self.0.iter().filter(|(path, _)| *path == file || path.ends_with(&end));
-        files.into_iter().any(|(_, source)| source.names.contains(name))
+        let mut files = self.0.iter().filter(|(path, _)| *path == file || path.ends_with(&end));
+        files.any(|(_, source)| source.names.contains(name))
     }
 
     /// What a comment `code: FILE, ITEM; ITEM` stands for. The first line says it again, for those
