@@ -16,7 +16,8 @@ done
 if ((${#missing[@]} > 0)); then
     root=()
     if ((EUID != 0)); then
-        root=(sudo)
+        # A script that runs by itself has nobody to ask for a password.
+        root=(sudo -n)
     fi
     printf 'installing %s\n' "${missing[*]}" >&2
     "${root[@]}" apt-get -qq update || true

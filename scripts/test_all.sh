@@ -128,14 +128,9 @@ find_netcats() {
 
 # Not in the background: apt-get should not be killed halfway.
 install_netcat() {
-    local root=()
-    if ((EUID != 0)); then
-        root=(sudo -n)
-    fi
-    type -P apt-get >/dev/null && "${root[@]}" true 2>/dev/null || return 1
-    echo 'no netcat found, installing netcat-openbsd'
-    "${root[@]}" apt-get -qq update || true
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y netcat-openbsd
+    type -P apt-get >/dev/null || return 1
+    echo 'no netcat found'
+    "$ROOT/scripts/install.sh" netcat-openbsd
 } >&2 </dev/null
 
 need_tools() {
