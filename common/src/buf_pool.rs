@@ -10,18 +10,18 @@ use crate::io_buf::IoBuf;
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
-/// The sizes in which blocks come, in bytes, the smallest first.
+/// The size classes of blocks, in bytes, the smallest first (since v02).
 pub const SIZE_CLASSES: [usize; 7] =
     [4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 8 * MIB];
 
-/// The size of the largest block, in bytes.
+/// The size of the largest block, in bytes: 8 MiB (since v02).
 pub const MAX_BLOCK: usize = 8 * MIB;
 
-/// Blocks of memory that are used again and again, so that a server in its stride allocates nothing
-/// (since v02).
+/// Blocks of memory that are reused, so that a server in steady state allocates nothing (since
+/// v02).
 ///
 /// A block is allocated when it is first needed, comes back when its [`IoBuf`] is dropped, and is
-/// kept for the next one. Clones share the same blocks. For one thread, as the whole course is.
+/// kept for the next one. Clones share the same blocks. A pool belongs to one thread.
 #[derive(Clone)]
 pub struct BufPool(Rc<RefCell<Blocks>>);
 
@@ -36,22 +36,23 @@ struct Blocks {
 #[derive(Default)]
 struct Class {
     in_use: usize,
-    /// The last one back is the first one out, as it may still be in the processor's cache.
+    /// A stack: the block given back last may still be in the processor's cache.
     free: Vec<Box<[u8]>>,
 }
 
 impl BufPool {
-    /// An empty pool that will hold `cap` bytes at the most, blocks in use and free ones taken
-    /// together.
+    /// An empty pool that will hold at most `cap` bytes, in blocks in use and free ones together
+    /// (since v02).
     pub fn new(cap: usize) -> Self {
         let classes = Default::default();
         Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, high_water: 0, classes })))
     }
 
-    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
+    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits (since
+    /// v02).
     ///
     /// # Errors
-    /// [`PoolError`], which says which limit was hit. The pool is then as it was.
+    /// [`PoolError`], which names the limit that was reached. The pool is then as it was.
     pub fn alloc(&self, n: usize) -> Result<IoBuf, PoolError> {
         let class = SIZE_CLASSES.partition_point(|&size| size < n);
         if class == SIZE_CLASSES.len() {
@@ -61,13 +62,12 @@ impl BufPool {
         Ok(IoBuf::new(block, self.clone()))
     }
 
-    /// Takes a block back. It keeps its old bytes: an `IoBuf` never shows what was not written
-    /// through it.
+    /// Takes a block back. It keeps its old bytes: an `IoBuf` shows only bytes written through it.
     pub(crate) fn give_back(&self, block: Box<[u8]>) {
         self.0.borrow_mut().give_back(block);
     }
 
-    /// The figures at this moment.
+    /// The figures at this moment (since v02).
     pub fn stats(&self) -> PoolStats {
         let blocks = self.0.borrow();
         let mut classes = [ClassStats::default(); SIZE_CLASSES.len()];
@@ -94,7 +94,7 @@ impl Blocks {
                     return Err(PoolError::CapReached { asked: size, cap: self.cap });
                 }
                 self.make_room_for(size);
-                // Zeroed by the kernel and not here: a large block costs memory only where it has
+                // Zeroed by the kernel and not here: a large block takes memory only where it has
                 // been written to.
                 vec![0; size].into_boxed_slice()
             }
@@ -124,7 +124,7 @@ impl Blocks {
     }
 }
 
-/// Why [`BufPool::alloc`] gave no buffer (since v02).
+/// Why [`BufPool::alloc`] returned no buffer (since v02).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolError {
     /// More than the largest block holds.
@@ -171,13 +171,13 @@ impl From<PoolError> for io::Error {
 /// The figures of a [`BufPool`] (since v02). They read `0 B in use, 8192 B free, 8192 B at most`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolStats {
-    /// The most that the pool may ever hold, in bytes.
+    /// The limit on `in_use` and `free` together, in bytes.
     pub cap: usize,
-    /// In blocks that are handed out, in bytes.
+    /// In blocks that are in use, in bytes.
     pub in_use: usize,
-    /// In blocks that wait for their next use, in bytes.
+    /// In blocks kept for their next use, in bytes.
     pub free: usize,
-    /// The most that was ever in use at a time, in bytes.
+    /// The most that was ever in use at one time, in bytes.
     pub high_water: usize,
     /// One entry per size class, the smallest first.
     pub classes: [ClassStats; SIZE_CLASSES.len()],

@@ -17,8 +17,7 @@ use crate::buf_pool::BufPool;
 ///                head + len <= capacity, always
 /// ```
 ///
-/// Only `data` can be seen from outside: what an earlier user left in the rest of the block stays
-/// unseen.
+/// Only `data` is visible from outside: bytes that an earlier user left in the block are not.
 pub struct IoBuf {
     block: Box<[u8]>,
     head: usize,
@@ -31,37 +30,37 @@ impl IoBuf {
         Self { block, head: 0, len: 0, pool }
     }
 
-    /// The size of the block, in bytes.
+    /// The size of the block, in bytes (since v02).
     pub fn capacity(&self) -> usize {
         self.block.len()
     }
 
-    /// How many bytes at the start of the block have been popped.
+    /// How many bytes at the start of the block have been popped (since v02).
     pub fn head(&self) -> usize {
         self.head
     }
 
-    /// How many bytes of data there are.
+    /// How many bytes of data there are (since v02).
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no data.
+    /// Whether there is no data (since v02).
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The data.
+    /// The data (since v02).
     pub fn data(&self) -> &[u8] {
         &self.block[self.head..self.head + self.len]
     }
 
-    /// How many bytes fit behind the data without [`adjust`](Self::adjust).
+    /// How many bytes fit behind the data without [`adjust`](Self::adjust) (since v02).
     pub fn room(&self) -> usize {
         self.capacity() - self.head - self.len
     }
 
-    /// Adds bytes behind the data, as many as there is room for, and returns how many.
+    /// Adds bytes behind the data, as many as there is room for, and returns how many (since v02).
     pub fn append(&mut self, bytes: &[u8]) -> usize {
         let n = bytes.len().min(self.room());
         self.room_mut()[..n].copy_from_slice(&bytes[..n]);
@@ -69,7 +68,8 @@ impl IoBuf {
         n
     }
 
-    /// Takes `n` bytes off the front of the data. The last one gone, the whole block is room again.
+    /// Takes `n` bytes off the front of the data (since v02). Without data the whole block is room
+    /// again.
     ///
     /// # Panics
     /// If `n` is more than [`len`](Self::len).
@@ -79,13 +79,13 @@ impl IoBuf {
         self.head = if self.len == 0 { 0 } else { self.head + n };
     }
 
-    /// Moves the data to the start of the block, so that all the room is behind it.
+    /// Moves the data to the start of the block, so that all the room is behind it (since v02).
     pub fn adjust(&mut self) {
         self.block.copy_within(self.head..self.head + self.len, 0);
         self.head = 0;
     }
 
-    /// Forgets the data.
+    /// Discards the data (since v02).
     pub fn clear(&mut self) {
         self.head = 0;
         self.len = 0;
@@ -103,7 +103,7 @@ impl IoBuf {
     }
 }
 
-/// Reading from the front, for all that `bytes` offers.
+/// Reading from the front, with everything that `bytes` offers.
 impl Buf for IoBuf {
     fn remaining(&self) -> usize {
         self.len()

@@ -1,7 +1,7 @@
 //! The TLV frame: header, encode, decode (since v04).
 //!
-//! TCP delivers a stream of bytes and not messages: two messages may arrive stuck together, or one
-//! in pieces. So each one is sent with its length before it.
+//! TCP delivers a stream of bytes and not messages: two messages may arrive in one read, or one in
+//! several. So each message starts with its length.
 //!
 //! ```text
 //! 0         4         8                  8 + length
@@ -10,38 +10,38 @@
 //! +---------+---------+------------------+
 //! ```
 //!
-//! As in the C++ course, so that either end can be of the other kind.
+//! The C++ course has the same frame, so a client of one course works with a server of the other.
 
 use std::fmt;
 
 use byteorder::{ByteOrder, LittleEndian};
 
-/// The size of a header, in bytes.
+/// The size of a header, in bytes (since v04).
 pub const HEADER_LEN: usize = 8;
 
-/// The longest payload, in bytes: a frame of 65,535 bytes, which a block of 64 KiB just holds.
+/// The longest payload, in bytes (since v04): its frame of 65,535 bytes fits a block of 64 KiB.
 pub const MAX_PAYLOAD: usize = 65_535 - HEADER_LEN;
 
-/// One message, its payload still where it was received (since v04).
+/// One message; its payload is borrowed from the input, not copied (since v04).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Message<'a> {
-    /// What kind of message it is. Any value; what it means is up to the two ends.
+    /// The kind of message: any value, whose meaning is up to client and server.
     pub id: i32,
     /// 0 to [`MAX_PAYLOAD`] bytes.
     pub payload: &'a [u8],
 }
 
 impl Message<'_> {
-    /// The size of the whole frame, in bytes.
+    /// The size of the whole frame, in bytes (since v04).
     pub fn frame_len(&self) -> usize {
         HEADER_LEN + self.payload.len()
     }
 }
 
-/// The message at the start of `bytes`, or `None` if it has not all come yet (since v04).
+/// The message at the start of `bytes`, or `None` if it is not complete yet (since v04).
 ///
 /// # Errors
-/// [`BadLength`], as soon as the header is there. Where the next frame begins cannot be known then.
+/// [`BadLength`], as soon as the header is complete. Where the next frame begins is then unknown.
 pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
     let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else { return Ok(None) };
     let id = LittleEndian::read_i32(&header[..4]);
@@ -68,7 +68,7 @@ pub fn encode_header(id: i32, length: usize) -> Result<[u8; HEADER_LEN], BadLeng
     Ok(header)
 }
 
-/// A length that no message has (since v04).
+/// A length below 0 or above [`MAX_PAYLOAD`] (since v04).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BadLength(pub i64);
 

@@ -1,4 +1,5 @@
-//! Listening, accepting and what its errors mean, closing without losing the reply (since v01).
+//! Sockets: listening, accepting and what its errors mean, closing without losing the reply (since
+//! v01).
 
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -14,114 +15,109 @@ use nix::sys::socket::{
 };
 use tracing::{debug, info, warn};
 
-/// How many clients the kernel keeps waiting for `accept`.
+/// The backlog: how many pending connections the kernel keeps for `accept`.
 ///
 /// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn
 /// (4096 by default), and nix takes no more.
 const BACKLOG: i32 = 4096;
 
-/// How long to wait before the next try when `accept` cannot get an fd or memory.
+/// How long to wait after [`Accepted::Exhausted`] before the next try: 100 ms (since v01).
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket that knows what the errors of `accept` mean (since v01).
+///
+/// Dropping it closes it, which resets the connections in its backlog and frees the port.
 pub struct Listener {
     socket: TcpListener,
-    /// Inside a shortage, which is logged once and not per attempt.
-    short: bool,
+    /// Out of fds or memory, which is logged once and not per attempt.
+    exhausted: bool,
 }
 
-/// What [`Listener::accept`] found.
+/// The outcome of [`Listener::accept`] (since v01).
 pub enum Accepted {
     /// The next client and its address.
     Client(TcpStream, SocketAddr),
-    /// Nobody waits. Only a non-blocking listener says so.
-    Nobody,
-    /// No fd or no memory to be had: try again after [`ACCEPT_PAUSE`]. Those who wait stay in the
-    /// queue.
-    Shortage,
+    /// Out of fds or memory (fd exhaustion): try again after [`ACCEPT_PAUSE`]. Pending connections
+    /// stay in the backlog.
+    Exhausted,
+    /// No pending connection. Only a non-blocking listener returns this (since v03).
+    WouldBlock,
 }
 
 impl Listener {
-    /// Listens on the first of `addrs` that this machine has, and says so at info level. The
-    /// socket is a blocking one.
+    /// Listens on the first of `addrs` that this machine has, and logs it at info level (since
+    /// v01). The socket is blocking, its backlog 4,096.
     ///
     /// # Errors
-    /// EADDRINUSE; EADDRNOTAVAIL for the last address; what else socket(2), bind(2) and listen(2)
-    /// say.
+    /// EADDRINUSE if the port is taken, EADDRNOTAVAIL if the machine has none of the addresses,
+    /// EINVAL if there are none; any other error of socket(2), bind(2) and listen(2).
     pub fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
         let mut result = Err(Errno::EINVAL);
         for addr in addrs {
             result = listen_on(*addr);
-            // Who finds its port in use wants to know, and not to listen elsewhere.
+            // A port in use is a mistake to report, not a reason to listen elsewhere.
             if !matches!(result, Err(Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)) {
                 break;
             }
         }
         let socket = result?;
         info!("listening on {}", socket.local_addr()?);
-        Ok(Self { socket, short: false })
+        Ok(Self { socket, exhausted: false })
     }
 
-    /// Makes [`accept`](Self::accept) return [`Accepted::Nobody`] instead of waiting (since v03).
+    /// Makes [`accept`](Self::accept) return [`Accepted::WouldBlock`] instead of waiting (since
+    /// v03).
     ///
     /// # Errors
-    /// What ioctl(2) says.
+    /// Any ioctl(2) error; none is known.
     pub fn set_nonblocking(&self) -> io::Result<()> {
         self.socket.set_nonblocking(true)
     }
 
-    /// Takes the next client out of the queue, in blocking mode waiting for it.
+    /// Takes the next client out of the backlog, waiting for one if it is empty (since v01).
+    ///
+    /// An error that concerns one client is logged at debug level, and the next client is tried.
     pub fn accept(&mut self) -> Accepted {
         loop {
             match self.socket.accept() {
                 Ok((stream, peer)) => return Accepted::Client(stream, peer),
                 Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
-                    self.shortage_is_over();
-                    return Accepted::Nobody;
+                    self.exhaustion_is_over();
+                    return Accepted::WouldBlock;
                 }
                 Err(err) if concerns_one_client(&err) => debug!("accept: {err}"),
-                // EMFILE, ENFILE, ENOBUFS, ENOMEM, and whatever else: no error of accept is worth
-                // dying for while there are clients to serve.
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM or any other: no accept error is a reason to end
+                // while there are clients to serve.
                 Err(err) => {
-                    if !self.short {
+                    if !self.exhausted {
                         let pause = ACCEPT_PAUSE.as_millis();
                         warn!("cannot accept: {err}; trying again every {pause} ms");
-                        self.short = true;
+                        self.exhausted = true;
                     }
-                    return Accepted::Shortage;
+                    return Accepted::Exhausted;
                 }
             }
         }
     }
 
-    /// Waits for the next client, however long that takes: for a blocking listener.
+    /// Waits for the next client, without limit; also through fd exhaustion (since v01).
     pub fn accept_blocking(&mut self) -> (TcpStream, SocketAddr) {
         loop {
             match self.accept() {
                 Accepted::Client(stream, peer) => {
-                    self.shortage_is_over();
+                    self.exhaustion_is_over();
                     return (stream, peer);
                 }
-                // A blocking listener never finds nobody.
-                Accepted::Nobody | Accepted::Shortage => thread::sleep(ACCEPT_PAUSE),
+                // WouldBlock never comes from a blocking listener.
+                Accepted::Exhausted | Accepted::WouldBlock => thread::sleep(ACCEPT_PAUSE),
             }
         }
     }
 
-    /// Refuses all further clients, those in the queue too, and frees the port (since v03).
-    ///
-    /// # Errors
-    /// What shutdown(2) says.
-    pub fn stop(&self) -> io::Result<()> {
-        // Linux takes a listening socket that is shut down for reading out of the LISTEN state.
-        nix::sys::socket::shutdown(self.socket.as_raw_fd(), nix::sys::socket::Shutdown::Read)?;
-        Ok(())
-    }
-
-    fn shortage_is_over(&mut self) {
-        if self.short {
+    fn exhaustion_is_over(&mut self) {
+        if self.exhausted {
             info!("accepting again");
-            self.short = false;
+            self.exhausted = false;
         }
     }
 }
@@ -144,15 +140,15 @@ fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
 
 /// Starts to connect to `addr` without waiting for it (since v04).
 ///
-/// How it went is known when the socket becomes writable: `TcpStream::take_error` (SO_ERROR) then
-/// says `None` or why it failed.
+/// The attempt has ended when the socket becomes writable: `TcpStream::take_error` (SO_ERROR) then
+/// returns `None` or the reason why it failed.
 ///
 /// # Errors
-/// What socket(2) says, and what connect(2) can say at once, ENETUNREACH for example.
+/// Any socket(2) error, and any connect(2) error that is known at once, typically ENETUNREACH.
 pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
     let fd = tcp_socket(addr, SockFlag::SOCK_NONBLOCK)?;
     match nix::sys::socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
-        // EINTR: the attempt goes on all the same.
+        // EINTR: the attempt goes on in the kernel.
         Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
         Err(errno) => Err(errno.into()),
     }
@@ -163,9 +159,9 @@ fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
-/// The client that gave up while it waited (ECONNABORTED), and the errors of its network, which
-/// Linux hands on through `accept` (accept(2), "Error handling"): that client is out of the queue,
-/// the next one may be fine.
+/// A client that gave up while it was pending (ECONNABORTED), and errors of its network, which
+/// Linux passes on through `accept` (accept(2), "Error handling"): that client is out of the
+/// backlog, and the next one may be fine.
 fn concerns_one_client(err: &io::Error) -> bool {
     let Some(code) = err.raw_os_error() else { return false };
     matches!(
@@ -183,15 +179,16 @@ fn concerns_one_client(err: &io::Error) -> bool {
     )
 }
 
-/// Closes a blocking `stream` so that what was written to it still arrives, in `limit` at the most
-/// (since v01).
+/// Closes a blocking `stream` so that everything written to it still arrives: a lingering close of
+/// at most `limit` (since v01).
 ///
-/// close(2) on a socket with unread input sends RST instead of FIN, and an RST lets the peer's
-/// kernel throw away what it has not handed on yet. So: say FIN first, read what comes until the
-/// peer closes too, and only then close.
+/// close(2) on a socket with unread input sends RST instead of FIN, and at an RST the peer's kernel
+/// throws away data that its program has not read yet. So send FIN first, read and discard until
+/// the peer closes too, and only then close.
 ///
 /// # Errors
-/// Those of the peer: it may have reset the connection.
+/// Any shutdown(2) or recv(2) error, typically ENOTCONN or ECONNRESET: the peer has reset the
+/// connection.
 pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
     let start = Instant::now();
@@ -212,9 +209,9 @@ pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()
     }
 }
 
-/// Raises the soft limit on open fds to the hard one (since v03).
+/// Raises the soft limit on open fds to the hard one; a failure is logged (since v03).
 ///
-/// Most shells hand out a soft limit of 1,024, for the sake of old programs that use select(2).
+/// Most shells set a soft limit of 1,024, for the sake of old programs that use select(2).
 pub fn raise_fd_limit() {
     let result = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         debug!("raising the limit on fds from {soft} to {hard}");

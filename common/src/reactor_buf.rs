@@ -14,37 +14,39 @@ use crate::io_buf::IoBuf;
 /// The smallest room that is offered to a read, in bytes.
 const MIN_READ: usize = SIZE_CLASSES[0];
 
-/// The largest room that is offered to a read, in bytes: enough that the system call's own cost
-/// no longer counts, and no more than one event should cost the other connections.
+/// The largest room that is offered to a read, in bytes: enough that the cost of the system call
+/// itself is small, and a bound on the work for one event, for which the other connections wait.
 const MAX_READ: usize = SIZE_CLASSES[2];
 
 /// Filled from a socket (since v02).
 pub struct InputBuf {
     block: Option<IoBuf>,
     pool: BufPool,
-    /// How large the block for the next read should be: a size class that follows what the reads
-    /// before it brought, as Netty's AdaptiveRecvByteBufAllocator does.
+    /// How large the block for the next read should be: a size class that follows the sizes of the
+    /// previous reads, as in Netty's AdaptiveRecvByteBufAllocator.
     next_read: usize,
 }
 
 impl InputBuf {
-    /// An empty buffer that takes its blocks from `pool`.
+    /// An empty buffer that takes its blocks from `pool` (since v02).
     pub fn new(pool: &BufPool) -> Self {
         Self { block: None, pool: pool.clone(), next_read: MIN_READ }
     }
 
-    /// Reads once, as much as there is room for, 4 KiB to 64 KiB as a rule, and returns the number
-    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN).
+    /// Reads once, as much as there is room for, typically 4 KiB to 64 KiB, and returns the number
+    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN) (since
+    /// v02).
     ///
-    /// Where there is little room left, it is made: by moving the data to the front, or else in a
-    /// block of the next size.
+    /// Where there is little room, the data moves to the front, or else to a block of the next
+    /// size.
     ///
     /// # Errors
-    /// What recv(2) says, and [`PoolError`] as [`ErrorKind::OutOfMemory`]. The data stays.
+    /// Any recv(2) error, typically ECONNRESET, and [`PoolError`] as [`ErrorKind::OutOfMemory`].
+    /// The data stays.
     pub fn read_from<R: Read + AsFd>(&mut self, mut socket: R) -> io::Result<Option<usize>> {
         let room = match &self.block {
             None => self.next_read,
-            // Half of what is not data, lest data at the end of a block make many small reads.
+            // Half of what is not data, or data at the end of a block would make many small reads.
             Some(block) => ((block.capacity().max(self.next_read) - block.len()) / 2).max(1),
         };
         let block = match with_room(&mut self.block, room, &self.pool) {
@@ -71,23 +73,23 @@ impl InputBuf {
         }
     }
 
-    /// The bytes that were read and not taken yet.
+    /// How many bytes have been read and not taken yet (since v02).
     pub fn len(&self) -> usize {
         self.block.as_ref().map_or(0, IoBuf::len)
     }
 
-    /// Whether there are none.
+    /// Whether there are none (since v02).
     pub fn is_empty(&self) -> bool {
         self.block.is_none()
     }
 
-    /// Takes the block with all its bytes out, or `None` if there are none.
+    /// Takes the block with all its bytes out, or `None` if there are none (since v02).
     pub fn take(&mut self) -> Option<IoBuf> {
         self.block.take()
     }
 
-    /// Brings the block back that [`take`](Self::take) took, with the bytes that are left in it:
-    /// the next read adds to them. To be called before that read.
+    /// Puts the block that [`take`](Self::take) took back, with the bytes that are left in it: the
+    /// next read adds to them (since v04). Call it before that read.
     pub fn put_back(&mut self, block: IoBuf) {
         debug_assert!(self.is_empty(), "bytes read since would be lost");
         self.block = Some(block);
@@ -102,12 +104,12 @@ pub struct OutputBuf {
 }
 
 impl OutputBuf {
-    /// An empty buffer that takes its blocks from `pool`.
+    /// An empty buffer that takes its blocks from `pool` (since v02).
     pub fn new(pool: &BufPool) -> Self {
         Self { block: None, pool: pool.clone() }
     }
 
-    /// Adds all of `data` behind what has not been written yet.
+    /// Adds all of `data` behind the unwritten bytes (since v02).
     ///
     /// # Errors
     /// [`PoolError`], if no block holds all of it; nothing is added then.
@@ -125,8 +127,8 @@ impl OutputBuf {
         Ok(())
     }
 
-    /// Adds a whole block. Where nothing waits before it the block just changes hands, and no byte
-    /// is copied.
+    /// Adds a whole block behind the unwritten bytes (since v02). Without any the block just
+    /// changes hands, and no byte is copied.
     ///
     /// # Errors
     /// [`PoolError`], if no block holds all of it; nothing is added then.
@@ -140,10 +142,10 @@ impl OutputBuf {
     }
 
     /// Writes until nothing is left or the socket takes no more for now (EAGAIN), and returns the
-    /// number of bytes written.
+    /// number of bytes written (since v02).
     ///
     /// # Errors
-    /// What send(2) says, EPIPE and ECONNRESET as a rule.
+    /// Any send(2) error, typically EPIPE or ECONNRESET.
     pub fn write_to<W: Write + AsFd>(&mut self, mut socket: W) -> io::Result<usize> {
         let mut written = 0;
         while let Some(block) = &mut self.block {
@@ -157,19 +159,19 @@ impl OutputBuf {
         Ok(written)
     }
 
-    /// The bytes that have not been written yet.
+    /// How many bytes have not been written yet (since v02).
     pub fn len(&self) -> usize {
         self.block.as_ref().map_or(0, IoBuf::len)
     }
 
-    /// Whether there are none.
+    /// Whether there are none (since v02).
     pub fn is_empty(&self) -> bool {
         self.block.is_none()
     }
 }
 
-/// The block in `slot` with room for `n` more bytes: as it is, or its data moved to the front, or
-/// moved to a larger block, for which both must fit under the cap. After an error the slot is as it
+/// The block in `slot` with room for `n` more bytes: as it is, or with its data moved to the front
+/// or to a larger block, when both blocks must fit under the cap. An error leaves the slot as it
 /// was.
 fn with_room<'a>(
     slot: &'a mut Option<IoBuf>,
@@ -205,7 +207,7 @@ fn drop_if_empty(slot: &mut Option<IoBuf>) {
     slot.take_if(|block| block.is_empty());
 }
 
-/// Repeats a system call that a signal interrupted (EINTR), and makes "not now" (EAGAIN) a value.
+/// Repeats a system call that a signal interrupted (EINTR), and turns EAGAIN into `None`.
 fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<Option<usize>> {
     loop {
         match call() {

@@ -7,38 +7,38 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::event_loop::{Callbacks, EventLoop, Interest, Token};
 
-/// SIGINT and SIGTERM, held back and read from an fd instead (signalfd(2)), so that they arrive
+/// SIGINT and SIGTERM, blocked and read from an fd instead (signalfd(2)), so that they arrive
 /// between two callbacks and never inside one (since v03).
 pub struct StopSignals {
-    held_back: SigSet,
+    blocked: SigSet,
     fd: SignalFd,
     token: Token,
 }
 
 impl StopSignals {
-    /// From now on a signal stops `event_loop` and does nothing else. To be called before anything
-    /// worth finishing.
+    /// From now on a signal stops `event_loop` and has no other effect (since v03). Call it before
+    /// there is work to finish, and before threads are started: they inherit the mask.
     ///
     /// # Errors
-    /// What signalfd(2) and epoll_ctl(2) say.
+    /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn register<S>(event_loop: &mut EventLoop<S>) -> io::Result<Self> {
-        let held_back = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-        held_back.thread_block()?;
-        let fd = SignalFd::with_flags(&held_back, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        let blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        blocked.thread_block()?;
+        let fd = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
         let token = event_loop.add_io_event(&fd, Interest::READ, callbacks)?;
-        Ok(Self { held_back, fd, token })
+        Ok(Self { blocked, fd, token })
     }
 
-    /// Takes the signals that have come and gives the next one its default effect back: whoever
-    /// presses Ctrl-C a second time does not want to wait.
+    /// Discards the signals that have come and restores the default effect of the next one: a
+    /// second Ctrl-C ends the process at once (since v03).
     ///
     /// # Errors
-    /// What epoll_ctl(2) and read(2) say.
-    pub fn take<S>(self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
+    /// Any epoll_ctl(2) or read(2) error; none is known.
+    pub fn restore_default<S>(self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
         event_loop.del_io_event(&self.fd, self.token)?;
         while self.fd.read_signal()?.is_some() {}
-        self.held_back.thread_unblock()?;
+        self.blocked.thread_unblock()?;
         Ok(())
     }
 }

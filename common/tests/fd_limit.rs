@@ -9,7 +9,7 @@ use common::net::{Accepted, Listener, raise_fd_limit};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 #[test]
-fn a_listener_is_neither_deaf_nor_dead_after_a_shortage_of_fds() {
+fn a_listener_is_neither_deaf_nor_dead_after_fd_exhaustion() {
     let mut listener = Listener::bind(&[SocketAddr::from(([127, 0, 0, 1], 0))]).unwrap();
     listener.set_nonblocking().unwrap();
     let fd = listener.as_fd().try_clone_to_owned().unwrap();
@@ -20,7 +20,7 @@ fn a_listener_is_neither_deaf_nor_dead_after_a_shortage_of_fds() {
     setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
     let mut files: Vec<File> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
     for _ in 0..3 {
-        assert!(matches!(listener.accept(), Accepted::Shortage));
+        assert!(matches!(listener.accept(), Accepted::Exhausted));
     }
     files.pop();
     let Accepted::Client(_stream, peer) = listener.accept() else {
@@ -30,5 +30,5 @@ fn a_listener_is_neither_deaf_nor_dead_after_a_shortage_of_fds() {
 
     raise_fd_limit();
     assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
-    assert!(matches!(listener.accept(), Accepted::Nobody));
+    assert!(matches!(listener.accept(), Accepted::WouldBlock));
 }

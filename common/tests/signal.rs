@@ -20,7 +20,7 @@ fn run_with_limit(event_loop: &mut EventLoop<()>, limit: Duration) -> io::Result
 }
 
 #[track_caller]
-fn assert_held_back(expected: bool) {
+fn assert_blocked(expected: bool) {
     let mask = SigSet::thread_get_mask().unwrap();
     assert_eq!(SIGNALS.map(|signal| mask.contains(signal)), [expected; 2]);
 }
@@ -29,9 +29,9 @@ fn assert_held_back(expected: bool) {
 fn a_signal_stops_the_loop_and_the_next_one_has_its_default_effect_again() {
     let mut event_loop = EventLoop::new().unwrap();
     for signal in SIGNALS {
-        assert_held_back(false);
+        assert_blocked(false);
         let stop_signals = StopSignals::register(&mut event_loop).unwrap();
-        assert_held_back(true);
+        assert_blocked(true);
         let result = run_with_limit(&mut event_loop, Duration::ZERO);
         let err = result.expect_err("nothing has come yet");
         assert_eq!(err.kind(), ErrorKind::TimedOut);
@@ -44,8 +44,8 @@ fn a_signal_stops_the_loop_and_the_next_one_has_its_default_effect_again() {
         for signal in SIGNALS {
             raise(signal).unwrap();
         }
-        stop_signals.take(&mut event_loop).unwrap();
-        assert_held_back(false);
+        stop_signals.restore_default(&mut event_loop).unwrap();
+        assert_blocked(false);
         let result = run_with_limit(&mut event_loop, Duration::ZERO);
         let err = result.expect_err("all have been taken");
         assert_eq!(err.kind(), ErrorKind::TimedOut);

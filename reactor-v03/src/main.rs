@@ -26,7 +26,7 @@ fn main() -> ExitCode {
         let signals = StopSignals::register(&mut event_loop).context("cannot watch for signals")?;
         let mut server = TcpServer::new(&mut event_loop, &args.server.addr)?;
         event_loop.event_process(&mut server)?;
-        signals.take(&mut event_loop)?;
+        signals.restore_default(&mut event_loop)?;
         server.drain(&mut event_loop)
     })
 }

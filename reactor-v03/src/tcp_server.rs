@@ -30,7 +30,7 @@ const DRAIN_READS: usize = 16;
 
 /// One listening socket, one thread, all clients at once.
 pub struct TcpServer {
-    listener: Listener,
+    listener: Option<Listener>,
     token: Token,
     pool: BufPool,
     /// In boxes, since the map keeps free places, of the size of an entry each.
@@ -48,7 +48,7 @@ impl TcpServer {
         let callbacks = Callbacks { read: Some(accept_callback), write: None };
         let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
         let pool = BufPool::new(POOL_CAP);
-        Ok(Self { listener, token, pool, conns: HashMap::new(), draining: false })
+        Ok(Self { listener: Some(listener), token, pool, conns: HashMap::new(), draining: false })
     }
 }
 
@@ -66,17 +66,18 @@ impl TcpServer {
     /// Takes in those who wait.
     fn do_accept(&mut self, event_loop: &mut EventLoop<Self>) -> io::Result<()> {
         for _ in 0..ACCEPTS_PER_EVENT {
-            match self.listener.accept() {
+            let Some(listener) = &mut self.listener else { break };
+            match listener.accept() {
                 Accepted::Client(stream, peer) => {
                     debug!("{peer}: connected, fd {}", stream.as_raw_fd());
                     if let Err(err) = self.add_conn(event_loop, stream, peer) {
                         warn!("{peer}: dropped: {err}");
                     }
                 }
-                Accepted::Nobody => break,
-                Accepted::Shortage => {
+                Accepted::WouldBlock => break,
+                Accepted::Exhausted => {
                     // Those who wait keep the listener readable: watched on, it would spin.
-                    event_loop.set_interest(&self.listener, self.token, Interest::NONE)?;
+                    event_loop.set_interest(listener, self.token, Interest::NONE)?;
                     event_loop.run_after(net::ACCEPT_PAUSE, self.token, resume_callback)?;
                     break;
                 }
@@ -146,10 +147,8 @@ fn resume_callback(
     token: Token,
 ) -> io::Result<()> {
     trace!("resume_callback");
-    if server.draining {
-        return Ok(());
-    }
-    event_loop.set_interest(&server.listener, token, Interest::READ)
+    let Some(listener) = &server.listener else { return Ok(()) };
+    event_loop.set_interest(listener, token, Interest::READ)
 }
 
 /// One client: its socket, and its own bytes on their way in and back out.
@@ -231,8 +230,9 @@ impl Conn {
 impl TcpServer {
     /// Refuses new clients, delivers what has been taken in, within [`GRACE`], and closes.
     pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
-        event_loop.del_io_event(&self.listener, self.token)?;
-        self.listener.stop()?;
+        if let Some(listener) = self.listener.take() {
+            event_loop.del_io_event(&listener, self.token)?;
+        }
         self.draining = true;
         let tokens: Vec<Token> = self.conns.keys().copied().collect();
         for token in tokens {
