@@ -17,8 +17,8 @@ pub const SIZE_CLASSES: [usize; 7] =
 /// The size of the largest block, in bytes: 8 MiB (since v02).
 pub const MAX_BLOCK: usize = 8 * MIB;
 
-/// Blocks of memory that are reused, so that a server in steady state allocates nothing (since
-/// v02).
+/// Blocks of memory that are reused, so that a server in steady state allocates nothing
+/// (since v02).
 ///
 /// A block is allocated when it is first needed, comes back when its [`IoBuf`] is dropped, and is
 /// kept for the next one. Clones share the same blocks. A pool belongs to one thread.
@@ -41,15 +41,13 @@ struct Class {
 }
 
 impl BufPool {
-    /// An empty pool that will hold at most `cap` bytes, in blocks in use and free ones together
-    /// (since v02).
+    /// An empty pool that will hold at most `cap` bytes, in blocks in use and free ones together.
     pub fn new(cap: usize) -> Self {
         let classes = Default::default();
         Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, high_water: 0, classes })))
     }
 
-    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits (since
-    /// v02).
+    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
     ///
     /// # Errors
     /// [`PoolError`], which names the limit that was reached. The pool is then as it was.
@@ -67,7 +65,7 @@ impl BufPool {
         self.0.borrow_mut().give_back(block);
     }
 
-    /// The figures at this moment (since v02).
+    /// The figures at this moment.
     pub fn stats(&self) -> PoolStats {
         let blocks = self.0.borrow();
         let mut classes = [ClassStats::default(); SIZE_CLASSES.len()];

@@ -30,37 +30,37 @@ impl IoBuf {
         Self { block, head: 0, len: 0, pool }
     }
 
-    /// The size of the block, in bytes (since v02).
+    /// The size of the block, in bytes.
     pub fn capacity(&self) -> usize {
         self.block.len()
     }
 
-    /// How many bytes at the start of the block have been popped (since v02).
+    /// How many bytes at the start of the block have been popped.
     pub fn head(&self) -> usize {
         self.head
     }
 
-    /// How many bytes of data there are (since v02).
+    /// How many bytes of data there are.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there is no data (since v02).
+    /// Whether there is no data.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// The data (since v02).
+    /// The data.
     pub fn data(&self) -> &[u8] {
         &self.block[self.head..self.head + self.len]
     }
 
-    /// How many bytes fit behind the data without [`adjust`](Self::adjust) (since v02).
+    /// How many bytes fit behind the data without [`adjust`](Self::adjust).
     pub fn room(&self) -> usize {
         self.capacity() - self.head - self.len
     }
 
-    /// Adds bytes behind the data, as many as there is room for, and returns how many (since v02).
+    /// Adds bytes behind the data, as many as there is room for, and returns how many.
     pub fn append(&mut self, bytes: &[u8]) -> usize {
         let n = bytes.len().min(self.room());
         self.room_mut()[..n].copy_from_slice(&bytes[..n]);
@@ -68,8 +68,7 @@ impl IoBuf {
         n
     }
 
-    /// Takes `n` bytes off the front of the data (since v02). Without data the whole block is room
-    /// again.
+    /// Takes `n` bytes off the front of the data. Without data the whole block is room again.
     ///
     /// # Panics
     /// If `n` is more than [`len`](Self::len).
@@ -79,13 +78,13 @@ impl IoBuf {
         self.head = if self.len == 0 { 0 } else { self.head + n };
     }
 
-    /// Moves the data to the start of the block, so that all the room is behind it (since v02).
+    /// Moves the data to the start of the block, so that all the room is behind it.
     pub fn adjust(&mut self) {
         self.block.copy_within(self.head..self.head + self.len, 0);
         self.head = 0;
     }
 
-    /// Discards the data (since v02).
+    /// Discards the data.
     pub fn clear(&mut self) {
         self.head = 0;
         self.len = 0;

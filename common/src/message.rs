@@ -32,7 +32,7 @@ pub struct Message<'a> {
 }
 
 impl Message<'_> {
-    /// The size of the whole frame, in bytes (since v04).
+    /// The size of the whole frame, in bytes.
     pub fn frame_len(&self) -> usize {
         HEADER_LEN + self.payload.len()
     }

@@ -1,5 +1,5 @@
-//! Sockets: listening, accepting and what its errors mean, closing without losing the reply (since
-//! v01).
+//! Sockets: listening, accepting and what its errors mean, closing without losing the reply
+//! (since v01).
 
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -45,8 +45,8 @@ pub enum Accepted {
 }
 
 impl Listener {
-    /// Listens on the first of `addrs` that this machine has, and logs it at info level (since
-    /// v01). The socket is blocking, its backlog 4,096.
+    /// Listens on the first of `addrs` that this machine has, and logs it at info level
+    /// (since v01). The socket is blocking, its backlog 4,096.
     ///
     /// # Errors
     /// EADDRINUSE if the port is taken, EADDRNOTAVAIL if the machine has none of the addresses,
@@ -65,8 +65,8 @@ impl Listener {
         Ok(Self { socket, exhausted: false })
     }
 
-    /// Makes [`accept`](Self::accept) return [`Accepted::WouldBlock`] instead of waiting (since
-    /// v03).
+    /// Makes [`accept`](Self::accept) return [`Accepted::WouldBlock`] instead of waiting
+    /// (since v03).
     ///
     /// # Errors
     /// Any ioctl(2) error; none is known.

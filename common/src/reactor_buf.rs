@@ -28,14 +28,13 @@ pub struct InputBuf {
 }
 
 impl InputBuf {
-    /// An empty buffer that takes its blocks from `pool` (since v02).
+    /// An empty buffer that takes its blocks from `pool`.
     pub fn new(pool: &BufPool) -> Self {
         Self { block: None, pool: pool.clone(), next_read: MIN_READ }
     }
 
     /// Reads once, as much as there is room for, typically 4 KiB to 64 KiB, and returns the number
-    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN) (since
-    /// v02).
+    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN).
     ///
     /// Where there is little room, the data moves to the front, or else to a block of the next
     /// size.
@@ -73,17 +72,17 @@ impl InputBuf {
         }
     }
 
-    /// How many bytes have been read and not taken yet (since v02).
+    /// How many bytes have been read and not taken yet.
     pub fn len(&self) -> usize {
         self.block.as_ref().map_or(0, IoBuf::len)
     }
 
-    /// Whether there are none (since v02).
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.block.is_none()
     }
 
-    /// Takes the block with all its bytes out, or `None` if there are none (since v02).
+    /// Takes the block with all its bytes out, or `None` if there are none.
     pub fn take(&mut self) -> Option<IoBuf> {
         self.block.take()
     }
@@ -104,12 +103,12 @@ pub struct OutputBuf {
 }
 
 impl OutputBuf {
-    /// An empty buffer that takes its blocks from `pool` (since v02).
+    /// An empty buffer that takes its blocks from `pool`.
     pub fn new(pool: &BufPool) -> Self {
         Self { block: None, pool: pool.clone() }
     }
 
-    /// Adds all of `data` behind the unwritten bytes (since v02).
+    /// Adds all of `data` behind the unwritten bytes.
     ///
     /// # Errors
     /// [`PoolError`], if no block holds all of it; nothing is added then.
@@ -127,8 +126,8 @@ impl OutputBuf {
         Ok(())
     }
 
-    /// Adds a whole block behind the unwritten bytes (since v02). Without any the block just
-    /// changes hands, and no byte is copied.
+    /// Adds a whole block behind the unwritten bytes. Without any the block just changes hands, and
+    /// no byte is copied.
     ///
     /// # Errors
     /// [`PoolError`], if no block holds all of it; nothing is added then.
@@ -142,7 +141,7 @@ impl OutputBuf {
     }
 
     /// Writes until nothing is left or the socket takes no more for now (EAGAIN), and returns the
-    /// number of bytes written (since v02).
+    /// number of bytes written.
     ///
     /// # Errors
     /// Any send(2) error, typically EPIPE or ECONNRESET.
@@ -159,12 +158,12 @@ impl OutputBuf {
         Ok(written)
     }
 
-    /// How many bytes have not been written yet (since v02).
+    /// How many bytes have not been written yet.
     pub fn len(&self) -> usize {
         self.block.as_ref().map_or(0, IoBuf::len)
     }
 
-    /// Whether there are none (since v02).
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.block.is_none()
     }

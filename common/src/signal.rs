@@ -16,8 +16,8 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// From now on a signal stops `event_loop` and has no other effect (since v03). Call it before
-    /// there is work to finish, and before threads are started: they inherit the mask.
+    /// From now on a signal stops `event_loop` and has no other effect. Call it before there is work
+    /// to finish, and before threads are started: they inherit the mask.
     ///
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
@@ -31,7 +31,7 @@ impl StopSignals {
     }
 
     /// Discards the signals that have come and restores the default effect of the next one: a
-    /// second Ctrl-C ends the process at once (since v03).
+    /// second Ctrl-C ends the process at once.
     ///
     /// # Errors
     /// Any epoll_ctl(2) or read(2) error; none is known.
