@@ -30,14 +30,9 @@ struct Blocks {
     in_use: usize,
     free: usize,
     high_water: usize,
-    classes: [Class; SIZE_CLASSES.len()],
-}
-
-#[derive(Default)]
-struct Class {
-    in_use: usize,
-    /// A stack: the block given back last may still be in the processor's cache.
-    free: Vec<Box<[u8]>>,
+    /// The free blocks of each class. The one given back last may still be in the processor's
+    /// cache, so it is the first to be reused.
+    classes: [Vec<Box<[u8]>>; SIZE_CLASSES.len()],
 }
 
 impl BufPool {
@@ -67,22 +62,15 @@ impl BufPool {
 
     /// The figures at this moment.
     pub fn stats(&self) -> PoolStats {
-        let blocks = self.0.borrow();
-        let mut classes = [ClassStats::default(); SIZE_CLASSES.len()];
-        for (stats, (size, class)) in
-            classes.iter_mut().zip(SIZE_CLASSES.iter().zip(&blocks.classes))
-        {
-            *stats = ClassStats { size: *size, in_use: class.in_use, free: class.free.len() };
-        }
-        let Blocks { cap, in_use, free, high_water, .. } = *blocks;
-        PoolStats { cap, in_use, free, high_water, classes }
+        let Blocks { cap, in_use, free, high_water, .. } = *self.0.borrow();
+        PoolStats { cap, in_use, free, high_water }
     }
 }
 
 impl Blocks {
     fn take(&mut self, class: usize) -> Result<Box<[u8]>, PoolError> {
         let size = SIZE_CLASSES[class];
-        let block = match self.classes[class].free.pop() {
+        let block = match self.classes[class].pop() {
             Some(block) => {
                 self.free -= size;
                 block
@@ -97,7 +85,6 @@ impl Blocks {
                 vec![0; size].into_boxed_slice()
             }
         };
-        self.classes[class].in_use += 1;
         self.in_use += size;
         self.high_water = self.high_water.max(self.in_use);
         Ok(block)
@@ -105,9 +92,7 @@ impl Blocks {
 
     fn give_back(&mut self, block: Box<[u8]>) {
         let size = block.len();
-        let class = &mut self.classes[SIZE_CLASSES.partition_point(|&class| class < size)];
-        class.in_use -= 1;
-        class.free.push(block);
+        self.classes[SIZE_CLASSES.partition_point(|&class| class < size)].push(block);
         self.in_use -= size;
         self.free += size;
     }
@@ -115,7 +100,7 @@ impl Blocks {
     /// Frees blocks of other classes, the largest first, until `size` more bytes fit under the cap.
     fn make_room_for(&mut self, size: usize) {
         for (class, class_size) in self.classes.iter_mut().zip(SIZE_CLASSES).rev() {
-            while self.in_use + self.free + size > self.cap && class.free.pop().is_some() {
+            while self.in_use + self.free + size > self.cap && class.pop().is_some() {
                 self.free -= class_size;
             }
         }
@@ -177,19 +162,6 @@ pub struct PoolStats {
     pub free: usize,
     /// The most that was ever in use at one time, in bytes.
     pub high_water: usize,
-    /// One entry per size class, the smallest first.
-    pub classes: [ClassStats; SIZE_CLASSES.len()],
-}
-
-/// The figures of one size class (since v02).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ClassStats {
-    /// The size of a block, in bytes.
-    pub size: usize,
-    /// How many blocks are handed out.
-    pub in_use: usize,
-    /// How many blocks wait for their next use.
-    pub free: usize,
 }
 
 impl fmt::Display for PoolStats {

@@ -2,7 +2,8 @@
 //!
 //! | module          | since | what it holds                                                       |
 //! |-----------------|-------|---------------------------------------------------------------------|
-//! | [`cli`]         | v01   | arguments, log, exit code: what is around a chapter                 |
+//! | [`cli`]         | v01   | arguments and exit codes: what is around a chapter                  |
+//! | [`log`]         | v01   | the log that never stalls a server                                  |
 //! | [`net`]         | v01   | listening, accepting and what its errors mean, closing without loss |
 //! | [`buf_pool`]    | v02   | `BufPool`: blocks of memory in size classes, with a cap             |
 //! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                         |
@@ -27,6 +28,8 @@ pub mod cli;
 pub mod event_loop;
 #[cfg(target_os = "linux")]
 pub mod io_buf;
+#[cfg(target_os = "linux")]
+pub mod log;
 #[cfg(target_os = "linux")]
 pub mod message;
 #[cfg(target_os = "linux")]

@@ -119,8 +119,6 @@ proptest! {
             prop_assert_eq!(stats.in_use, in_use);
             prop_assert_eq!(stats.high_water, high_water);
             prop_assert!(stats.in_use + stats.free <= cap);
-            prop_assert_eq!(stats.free, stats.classes.iter().map(|c| c.size * c.free).sum::<usize>());
-            prop_assert_eq!(in_use, stats.classes.iter().map(|c| c.size * c.in_use).sum::<usize>());
         }
     }
 }
@@ -225,8 +223,8 @@ proptest! {
             }
             prop_assert_eq!((input.len(), output.len()), (input_model.len(), output_model.len()));
             let held = usize::from(!input.is_empty()) + usize::from(!output.is_empty());
-            let blocks: usize = pool.stats().classes.iter().map(|class| class.in_use).sum();
-            prop_assert_eq!(blocks, held);
+            let in_use = pool.stats().in_use;
+            prop_assert!(in_use >= held * SIZE_CLASSES[0] && (held > 0 || in_use == 0));
         }
     }
 }
