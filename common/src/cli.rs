@@ -84,11 +84,13 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match main(args) {
+    let code = match main(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {
             log.put(format!("error: {err:#}\n").as_bytes());
             ExitCode::FAILURE
         }
-    }
+    };
+    log.finish();
+    code
 }

@@ -5,9 +5,14 @@ use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, SyncSender};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, SigmaskHow};
 use tracing::{level_filters::LevelFilter, warn};
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::time::uptime;
@@ -16,6 +21,12 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 /// A pipe that has any room takes this many bytes at once (PIPE_BUF in pipe(7)).
 const PIPE_BUF: usize = 4096;
+
+/// How many lines wait for the thread of [`Log::Thread`]; the next one is lost.
+const MAX_LINES: usize = 1024;
+
+/// How long the end of the process may wait for lines to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Logs to stderr from now on, at the levels that RUST_LOG names (`trace`, or
 /// `info,reactor_v03=trace`), else at info (since v01). Call it once.
@@ -46,34 +57,89 @@ pub fn start() -> io::Result<Arc<Log>> {
 }
 
 /// stderr as the log writes it (since v01). A server must outlive its log, so a line that cannot be
-/// written at once is lost.
-pub struct Log(File);
+/// written is lost.
+pub enum Log {
+    /// Written at once or not at all.
+    Direct(File),
+    /// Written by a thread, which may block.
+    Thread(Writer),
+}
 
 impl Log {
     fn open() -> io::Result<Self> {
         let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         let kind = stderr.metadata()?.file_type();
-        if kind.is_fifo() || kind.is_char_device() {
-            // Opened a second time, so that O_NONBLOCK does not apply to the other processes with
-            // this pipe or terminal: they share the first open file, but not this one.
-            let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
-            let own =
-                File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2");
-            return Ok(Self(own.unwrap_or(stderr)));
+        if !kind.is_fifo() && !kind.is_char_device() {
+            return Ok(Self::Direct(stderr));
         }
-        Ok(Self(stderr))
+        // Opened a second time, so that O_NONBLOCK does not apply to the other processes with this
+        // pipe or terminal: they share the first open file, but not this one.
+        let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        match File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2") {
+            Ok(own) => Ok(Self::Direct(own)),
+            // A terminal of another user. poll(2) finds room in it for 1 byte, and write(2) then
+            // blocks for the rest of the line; a pipe with room takes PIPE_BUF bytes.
+            Err(_) if kind.is_char_device() => Ok(Self::Thread(Writer::start(stderr)?)),
+            Err(_) => Ok(Self::Direct(stderr)),
+        }
     }
 
     /// Writes a whole line, or as much of it as stderr takes at once.
     pub fn put(&self, line: &[u8]) {
+        let stderr = match self {
+            Self::Direct(stderr) => stderr,
+            Self::Thread(writer) => return writer.put(line),
+        };
         for part in line.chunks(PIPE_BUF) {
             // Where stderr is the first open file, a socket for example, writing may block: ask
             // first.
-            let mut room = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+            let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
             if poll(&mut room, PollTimeout::ZERO) != Ok(1) {
                 return;
             }
-            let _ = nix::unistd::write(&self.0, part);
+            let _ = nix::unistd::write(stderr, part);
+        }
+    }
+
+    /// Waits until all lines are written, for at most [`LAST_LINES`]: call it before the process
+    /// ends.
+    pub fn finish(&self) {
+        let Self::Thread(writer) = self else { return };
+        let start = Instant::now();
+        while writer.unwritten.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_LINES {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// The thread of [`Log::Thread`], as the others see it.
+pub struct Writer {
+    lines: SyncSender<Vec<u8>>,
+    unwritten: Arc<AtomicUsize>,
+}
+
+impl Writer {
+    fn start(mut stderr: File) -> io::Result<Self> {
+        let (lines, receiver) = mpsc::sync_channel::<Vec<u8>>(MAX_LINES);
+        let unwritten = Arc::new(AtomicUsize::new(0));
+        let counter = Arc::clone(&unwritten);
+        // A thread inherits the mask. Signals are for the others: this one may be blocked for ever.
+        let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        let thread = thread::Builder::new().name("log".to_owned()).spawn(move || {
+            for line in receiver {
+                let _ = stderr.write_all(&line);
+                counter.fetch_sub(1, Ordering::Release);
+            }
+        });
+        mask.thread_set_mask()?;
+        thread?;
+        Ok(Self { lines, unwritten })
+    }
+
+    fn put(&self, line: &[u8]) {
+        self.unwritten.fetch_add(1, Ordering::Relaxed);
+        if self.lines.try_send(line.to_vec()).is_err() {
+            self.unwritten.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

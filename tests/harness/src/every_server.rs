@@ -1,14 +1,19 @@
 //! What every server promises, whatever its chapter. [`every_server!`](crate::every_server!) makes
 //! a test of each promise.
 
-use std::fs::File;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::fs::{File, Permissions};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::{PermissionsExt, fchown};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
-use crate::{Server, connect, run, run_command, wait_until};
+use crate::{LIMIT, Server, connect, run, run_command, wait_until};
 
 /// One test per promise, for the binary `$exe`. `$works` is a function that asks a server for what
 /// it is there for, over a fresh connection.
@@ -35,6 +40,7 @@ macro_rules! every_server {
             says_that_the_address_is_not_its_own,
             survives_its_terminal,
             outlives_its_log,
+            outlives_a_terminal_of_another_user,
             shows_every_step_on_request,
             says_when_it_does_not_understand_rust_log,
             sleeps_when_idle,
@@ -111,23 +117,19 @@ pub fn survives_its_terminal(exe: &str, works: Works) {
 /// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, to a
 /// pipe and to a terminal that nobody reads.
 pub fn outlives_its_log(exe: &str, works: Works) {
-    let start = |limit: &str, stderr: Stdio| {
-        let addr = Server::start(exe).addr();
-        let script = format!("ulimit {limit}; exec \"$0\" --addr {addr}");
-        let mut command = Command::new("sh");
-        command.args(["-c", &script, exe]).env("RUST_LOG", "trace");
-        let child = KillOnDrop(command.stderr(stderr).spawn().unwrap());
-        wait_until("it listens", || TcpStream::connect(addr).is_ok());
+    let start = |setup: &str, stderr: Stdio| {
+        let (child, addr) = start_with_log(exe, setup, stderr);
+        assert_eq!(child.threads(), 1);
         (child, addr)
     };
-    let unlimited = "-Sn 100";
+    let unlimited = "exec";
 
     let full_disk = File::options().write(true).open("/dev/full").unwrap();
     let (_full_disk, addr) = start(unlimited, full_disk.into());
     works(&connect(addr));
 
     let path = std::env::temp_dir().join(format!("{}-{}.log", name(exe), std::process::id()));
-    let (_full_file, addr) = start("-f 1", File::create(&path).unwrap().into());
+    let (_full_file, addr) = start("ulimit -f 1; exec", File::create(&path).unwrap().into());
     std::fs::remove_file(path).unwrap();
     for _ in 0..50 {
         works(&connect(addr));
@@ -153,7 +155,71 @@ pub fn outlives_its_log(exe: &str, works: Works) {
     }
 }
 
+/// A terminal that the server may not open a second time, and so cannot make non-blocking. Its last
+/// line is shown; and when nobody reads, neither clients nor a signal wait for that.
+pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
+    const NO_ACCESS: &str = "exec setpriv --bounding-set=-dac_override,-dac_read_search";
+    let terminal = || {
+        let terminal = nix::pty::openpty(None, None).unwrap();
+        let slave = File::from(terminal.slave);
+        fchown(&slave, Some(65534), None)?;
+        slave.set_permissions(Permissions::from_mode(0o600))?;
+        Ok::<_, io::Error>((File::from(terminal.master), slave))
+    };
+    let may = Command::new("sh").args(["-c", &format!("{NO_ACCESS} true")]).status().unwrap();
+    let (Ok((mut screen, slave)), true) = (terminal(), may.success()) else {
+        eprintln!("not root: the terminal of another user is not tried");
+        return;
+    };
+    let script = format!("{NO_ACCESS} \"$0\" --addr 192.0.2.1:7777");
+    let mut command = Command::new("sh");
+    let mut failing = command.args(["-c", &script, exe]).stderr(slave).spawn().unwrap();
+    let (sender, shown) = mpsc::channel();
+    thread::spawn(move || {
+        let mut line = [0; 200];
+        let n = screen.read(&mut line).unwrap();
+        sender.send(String::from_utf8_lossy(&line[..n]).into_owned())
+    });
+    let shown = shown.recv_timeout(LIMIT).unwrap();
+    assert!(shown.starts_with("error: "), "{shown}");
+    assert_eq!(failing.wait().unwrap().code(), Some(1));
+
+    let (_unread, slave) = terminal().unwrap();
+    let (mut server, addr) = start_with_log(exe, NO_ACCESS, slave.into());
+    assert_eq!(server.threads(), 2);
+    for _ in 0..1500 {
+        works(&connect(addr));
+    }
+    kill(Pid::from_raw(server.0.id() as i32), Signal::SIGTERM).unwrap();
+    let mut status = None;
+    wait_until("it ends", || {
+        status = server.0.try_wait().unwrap();
+        status.is_some()
+    });
+    // Chapters 1 and 2 have no handler.
+    let status = status.unwrap();
+    assert!(status.success() || status.signal() == Some(Signal::SIGTERM as i32), "{status}");
+}
+
 struct KillOnDrop(std::process::Child);
+
+impl KillOnDrop {
+    fn threads(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap().count()
+    }
+}
+
+/// Starts the server by the shell's `setup`, logging every step to `stderr`, and waits until it
+/// listens.
+fn start_with_log(exe: &str, setup: &str, stderr: Stdio) -> (KillOnDrop, SocketAddr) {
+    let addr = Server::start(exe).addr();
+    let script = format!("{setup} \"$0\" --addr {addr}");
+    let mut command = Command::new("sh");
+    command.args(["-c", &script, exe]).env("RUST_LOG", "trace");
+    let child = KillOnDrop(command.stderr(stderr).spawn().unwrap());
+    wait_until("it listens", || TcpStream::connect(addr).is_ok());
+    (child, addr)
+}
 
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
