@@ -17,6 +17,15 @@ pub const SIZE_CLASSES: [usize; 7] =
 /// The size of the largest block, in bytes: 8 MiB (since v02).
 pub const MAX_BLOCK: usize = 8 * MIB;
 
+/// How much memory has to be left for everything else, in bytes: small allocations abort the process
+/// when they fail.
+const RESERVE: usize = MIB;
+
+/// malloc(3) always maps an allocation of more than this, in bytes (mallopt(3), M_MMAP_THRESHOLD).
+/// Asking whether there is memory leaves no trace then; in the heap it would leave old memory for
+/// the block, which calloc(3) has to zero.
+const BEYOND_HEAP: usize = 32 * MIB;
+
 /// Blocks of memory that are reused, so that a server in steady state allocates nothing
 /// (since v02).
 ///
@@ -45,7 +54,8 @@ impl BufPool {
     /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
     ///
     /// # Errors
-    /// [`PoolError`], which names the limit that was reached. The pool is then as it was.
+    /// [`PoolError`], which names the limit that was reached. The pool is then as it was, but has
+    /// no free blocks after [`PoolError::OutOfMemory`].
     pub fn alloc(&self, n: usize) -> Result<IoBuf, PoolError> {
         let class = SIZE_CLASSES.partition_point(|&size| size < n);
         if class == SIZE_CLASSES.len() {
@@ -80,9 +90,12 @@ impl Blocks {
                     return Err(PoolError::CapReached { asked: size, cap: self.cap });
                 }
                 self.make_room_for(size);
-                // Zeroed by the kernel and not here: a large block takes memory only where it has
-                // been written to.
-                vec![0; size].into_boxed_slice()
+                allocate(size, BEYOND_HEAP).or_else(|_| {
+                    // The free blocks of other classes may be what is missing.
+                    self.classes = Default::default();
+                    self.free = 0;
+                    allocate(size, RESERVE)
+                })?
             }
         };
         self.in_use += size;
@@ -107,6 +120,18 @@ impl Blocks {
     }
 }
 
+/// A new block, if there is memory for it and for `reserve` bytes more.
+fn allocate(size: usize, reserve: usize) -> Result<Box<[u8]>, PoolError> {
+    // `vec!` alone aborts the process when memory is short (ulimit -v). Asking first is enough, as
+    // no other thread takes the memory meanwhile.
+    let mut probe = Vec::<u8>::new();
+    probe.try_reserve_exact(size + reserve).map_err(|_| PoolError::OutOfMemory { asked: size })?;
+    drop(probe);
+    // Zeroed by the kernel and not here: a large block takes memory only where it has been written
+    // to.
+    Ok(vec![0; size].into_boxed_slice())
+}
+
 /// Why [`BufPool::alloc`] returned no buffer (since v02).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolError {
@@ -121,6 +146,11 @@ pub enum PoolError {
         asked: usize,
         /// The pool's cap, in bytes.
         cap: usize,
+    },
+    /// The operating system has no memory for the block (malloc(3), typically under RLIMIT_AS).
+    OutOfMemory {
+        /// The size of the block, in bytes.
+        asked: usize,
     },
 }
 
@@ -138,6 +168,9 @@ impl fmt::Display for PoolError {
                     f,
                     "no room for a buffer of {asked} bytes under the pool's cap of {cap} bytes"
                 )
+            }
+            Self::OutOfMemory { asked } => {
+                write!(f, "the system has no memory for a buffer of {asked} bytes")
             }
         }
     }

@@ -2,7 +2,7 @@
 //! [`every_reactor!`](crate::every_reactor!) makes a test of each promise.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -54,6 +54,7 @@ macro_rules! every_reactor {
             what_is_stuck_goes_back_after_the_fin,
             a_client_that_never_reads_costs_a_bounded_amount,
             twenty_four_clients_that_never_read_disturb_nobody,
+            survives_a_shortage_of_memory,
             two_hundred_clients_that_stop_midway_cost_little,
             a_client_that_never_stops_leaves_the_others_their_turn,
             a_slow_reader_gets_everything,
@@ -242,6 +243,40 @@ pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
     assert!(grown < 24 * chapter.stuck_kib + 256, "by {grown} KiB");
     chapter.ping(&other, b"after");
     wait_until_idle(&server);
+}
+
+/// More clients that never read than there is memory for (RLIMIT_AS): those that it has none for are
+/// dropped, and the log says why. (`vec!` aborts the process.)
+pub fn survives_a_shortage_of_memory(chapter: Chapter) {
+    const LIMIT_KIB: u64 = 200 << 10;
+    let server = Server::start_under(chapter.exe, &format!("-v {LIMIT_KIB}"));
+    let bytes = chapter.messages(64 << 20, 7);
+    let mut deaf: Vec<(TcpStream, &[u8])> = (0..220)
+        .map(|_| {
+            let client = server.connect();
+            narrow(&client);
+            client.set_nonblocking(true).unwrap();
+            (client, &bytes[..])
+        })
+        .collect();
+    let mut last_progress = Instant::now();
+    while last_progress.elapsed() < QUIET {
+        deaf.retain_mut(|(client, bytes)| match client.write(bytes) {
+            Ok(n) => {
+                last_progress = Instant::now();
+                *bytes = &bytes[n..];
+                !bytes.is_empty()
+            }
+            Err(err) => err.kind() == ErrorKind::WouldBlock,
+        });
+    }
+    if 220 * chapter.stuck_kib > LIMIT_KIB {
+        server.wait_for_log("the system has no memory for a buffer of ");
+    }
+    assert!(deaf.len() > 100, "only {} clients are left", deaf.len());
+    chapter.ping(&server.connect(), b"served");
+    drop(deaf);
+    assert_stops_with_nothing_in_use(server);
 }
 
 pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
