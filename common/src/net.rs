@@ -11,7 +11,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, bind, listen, setsockopt, socket,
-    sockopt::ReuseAddr,
+    sockopt::{KeepAlive, ReuseAddr, TcpKeepCount, TcpKeepIdle, TcpKeepInterval},
 };
 use tracing::{debug, info, warn};
 
@@ -21,10 +21,24 @@ use tracing::{debug, info, warn};
 /// (4096 by default), and nix takes no more.
 const BACKLOG: i32 = 4096;
 
+/// Keep-alive: after how many seconds without a byte from the peer the kernel sends a probe.
+const KEEP_IDLE: u32 = 60;
+
+/// Keep-alive: how many seconds it waits for the answer before it sends another one.
+const KEEP_INTERVAL: u32 = 20;
+
+/// Keep-alive: how many probes may go unanswered before the connection fails with ETIMEDOUT.
+const KEEP_PROBES: u32 = 3;
+
 /// How long to wait after [`Accepted::Exhausted`] before the next try: 100 ms (since v01).
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// A listening socket that knows what the errors of `accept` mean (since v01).
+///
+/// Its connections have keep-alive set: a peer that vanished (a cut link, a power failure) ends
+/// within two minutes. If output to it is unacknowledged, there are no probes, and the connection
+/// lasts until the kernel gives up retransmitting, typically after a quarter of an hour
+/// (tcp_retries2 in tcp(7)).
 ///
 /// Dropping it closes it, which resets the connections in its backlog and frees the port.
 pub struct Listener {
@@ -133,6 +147,11 @@ fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
     // Without it the port could not be bound again while connections of an earlier server are in
     // TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
+    // Accepted sockets inherit these.
+    setsockopt(&fd, KeepAlive, &true)?;
+    setsockopt(&fd, TcpKeepIdle, &KEEP_IDLE)?;
+    setsockopt(&fd, TcpKeepInterval, &KEEP_INTERVAL)?;
+    setsockopt(&fd, TcpKeepCount, &KEEP_PROBES)?;
     bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
     listen(&fd, Backlog::new(BACKLOG)?)?;
     Ok(TcpListener::from(fd))

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use common::event_loop::{Callbacks, EventLoop, Interest};
 use common::net::{Accepted, Listener, close_gracefully, connect, raise_fd_limit};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, socket};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockopt, socket, sockopt,
+};
 
 /// When a test is given up that waits in vain.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -116,6 +118,16 @@ fn a_dropped_listener_resets_pending_clients_and_frees_its_port() {
     let err = TcpStream::connect(addr).unwrap_err();
     assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
     Listener::bind(&[addr]).unwrap();
+}
+
+/// Or a client whose link is cut would hold its place for ever.
+#[test]
+fn accepted_connections_have_keep_alive() {
+    let (server, _client) = tcp_pair();
+    assert!(getsockopt(&server, sockopt::KeepAlive).unwrap());
+    assert_eq!(getsockopt(&server, sockopt::TcpKeepIdle).unwrap(), 60);
+    assert_eq!(getsockopt(&server, sockopt::TcpKeepInterval).unwrap(), 20);
+    assert_eq!(getsockopt(&server, sockopt::TcpKeepCount).unwrap(), 3);
 }
 
 /// How connecting to `addr` ended, once the loop has said that it has.
