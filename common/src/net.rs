@@ -159,8 +159,7 @@ fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
 
 /// Starts to connect to `addr` without waiting for it (since v04).
 ///
-/// The attempt has ended when the socket becomes writable: `TcpStream::take_error` (SO_ERROR) then
-/// returns `None` or the reason why it failed.
+/// The attempt has ended when the socket becomes writable: [`connect_result`] then returns how.
 ///
 /// # Errors
 /// Any socket(2) error, and any connect(2) error that is known at once, typically ENETUNREACH.
@@ -171,6 +170,23 @@ pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
         Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// How the attempt that [`connect`] started has ended (since v04). Call it when `stream` becomes
+/// writable.
+///
+/// # Errors
+/// The reason why it failed (SO_ERROR), typically ECONNREFUSED or ETIMEDOUT.
+pub fn connect_result(stream: &TcpStream) -> io::Result<()> {
+    if let Some(err) = stream.take_error()? {
+        return Err(err);
+    }
+    // To a port without a listener that the kernel also picks as the local port, TCP connects a
+    // socket with itself (simultaneous open): nobody else is there.
+    if stream.local_addr()? == stream.peer_addr()? {
+        return Err(Errno::ECONNREFUSED.into());
+    }
+    Ok(())
 }
 
 fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {

@@ -10,9 +10,9 @@ use std::thread;
 use std::time::Duration;
 
 use common::event_loop::{Callbacks, EventLoop, Interest};
-use common::net::{Accepted, Listener, close_gracefully, connect, raise_fd_limit};
+use common::net::{Accepted, Listener, close_gracefully, connect, connect_result, raise_fd_limit};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockopt, socket, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, getsockopt, socket, sockopt,
 };
 
 /// When a test is given up that waits in vain.
@@ -132,7 +132,7 @@ fn accepted_connections_have_keep_alive() {
 
 /// How connecting to `addr` ended, once the loop has said that it has.
 #[track_caller]
-fn connect_in_loop(addr: SocketAddr) -> (TcpStream, Option<io::Error>) {
+fn connect_in_loop(addr: SocketAddr) -> (TcpStream, io::Result<()>) {
     let stream = connect(addr).unwrap();
     let mut event_loop = EventLoop::<()>::new().unwrap();
     let callbacks = Callbacks { read: None, write: Some(EventLoop::stop_callback) };
@@ -141,7 +141,7 @@ fn connect_in_loop(addr: SocketAddr) -> (TcpStream, Option<io::Error>) {
     let in_vain = |_: &mut _, _: &mut _, _| Err(ErrorKind::TimedOut.into());
     event_loop.run_after(LIMIT, token, in_vain).unwrap();
     event_loop.event_process(&mut ()).unwrap();
-    let outcome = stream.take_error().unwrap();
+    let outcome = connect_result(&stream);
     (stream, outcome)
 }
 
@@ -149,7 +149,7 @@ fn connect_in_loop(addr: SocketAddr) -> (TcpStream, Option<io::Error>) {
 fn a_connection_is_there_when_its_socket_becomes_writable() {
     let (mut listener, addr) = listener();
     let (mut stream, outcome) = connect_in_loop(addr);
-    assert!(outcome.is_none(), "{outcome:?}");
+    outcome.unwrap();
     let (_server, peer) = listener.accept_blocking();
     assert_eq!(stream.local_addr().unwrap(), peer);
     let err = within_limit(move || stream.read(&mut [0])).unwrap_err();
@@ -163,8 +163,20 @@ fn a_refused_connection_becomes_writable_and_says_why() {
     bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
     let bound = TcpListener::from(socket);
     let addr = bound.local_addr().unwrap();
-    let outcome = connect_in_loop(addr).1.map(|err| err.kind());
-    assert_eq!(outcome, Some(ErrorKind::ConnectionRefused));
+    let err = connect_in_loop(addr).1.unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
+}
+
+/// The kernel does that to a client whose server is gone, if the port is one of those that it gives
+/// to clients.
+#[test]
+fn a_socket_connected_to_itself_counts_as_refused() {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
+    bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
+    let addr: SockaddrIn = getsockname(socket.as_raw_fd()).unwrap();
+    nix::sys::socket::connect(socket.as_raw_fd(), &addr).unwrap();
+    let err = connect_result(&TcpStream::from(socket)).unwrap_err();
+    assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
 }
 
 #[test]
