@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::str::FromStr;
 
 use clap::Parser;
+use nix::net::if_::if_nametoindex;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::log;
@@ -43,13 +44,26 @@ impl FromStr for Addr {
     /// The reason and an example of what is expected, in one line.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let hint = "expected HOST:PORT, as in 127.0.0.1:7777, [::1]:7777 or localhost:7777";
-        let resolved: Vec<_> =
-            text.to_socket_addrs().map_err(|err| format!("{err}; {hint}"))?.collect();
+        let resolved = with_scope_number(text)?.to_socket_addrs();
+        let resolved: Vec<_> = resolved.map_err(|err| format!("{err}; {hint}"))?.collect();
         if resolved.is_empty() {
             return Err(format!("the name has no address; {hint}"));
         }
         Ok(Self { text: text.to_owned(), resolved })
     }
+}
+
+/// `[fe80::1%eth0]:7777` as `[fe80::1%2]:7777`: the network interface by its number, as std wants it.
+fn with_scope_number(text: &str) -> Result<String, String> {
+    let in_brackets = text.strip_prefix('[').and_then(|text| text.split_once(']'));
+    let Some((addr, port)) = in_brackets else { return Ok(text.to_owned()) };
+    let Some((addr, scope)) = addr.split_once('%') else { return Ok(text.to_owned()) };
+    if scope.parse::<u32>().is_ok() {
+        return Ok(text.to_owned());
+    }
+    let index = if_nametoindex(scope)
+        .map_err(|errno| format!("no network interface {scope:?}: {}", errno.desc()))?;
+    Ok(format!("[{addr}%{index}]{port}"))
 }
 
 impl fmt::Display for Addr {
