@@ -72,15 +72,13 @@ impl fmt::Display for Addr {
     }
 }
 
-/// The `main` of every server: [`run`], but neither a closed terminal (SIGHUP) nor its log can end
-/// or stop it (since v01).
+/// The `main` of every server: [`run`], but its log can neither end nor stop it (since v01).
 pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     run(|args| {
-        // The other two come from writing to a file of the largest size allowed (ulimit -f), and
-        // from the background to a terminal with `stty tostop`. Blocking them has the effect of
-        // ignoring them, and in nix needs no `unsafe`.
-        let survived = [Signal::SIGHUP, Signal::SIGXFSZ, Signal::SIGTTOU];
-        SigSet::from_iter(survived).thread_block()?;
+        // They come from writing to a file of the largest size allowed (ulimit -f), and from the
+        // background to a terminal with `stty tostop`. Blocking them has the effect of ignoring
+        // them, and in nix needs no `unsafe`.
+        SigSet::from_iter([Signal::SIGXFSZ, Signal::SIGTTOU]).thread_block()?;
         main(args)
     })
 }

@@ -9,7 +9,7 @@
 //! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                         |
 //! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: between a socket and a block            |
 //! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                     |
-//! | [`signal`]      | v03   | Ctrl-C and SIGTERM as one more fd of the loop                       |
+//! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop               |
 //! | [`message`]     | v04   | the TLV frame: header, encode, decode                               |
 
 #![warn(missing_docs)]

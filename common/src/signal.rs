@@ -1,5 +1,6 @@
-//! Ctrl-C and SIGTERM as one more fd of the loop (since v03).
+//! Ctrl-C, SIGTERM and a closed terminal as one more fd of the loop (since v03).
 
+use std::fs;
 use std::io;
 
 use nix::sys::signal::{SigSet, Signal};
@@ -7,7 +8,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::event_loop::{Callbacks, EventLoop, Interest, Token};
 
-/// SIGINT and SIGTERM, blocked and read from an fd instead (signalfd(2)), so that they arrive
+/// SIGINT, SIGTERM and SIGHUP, blocked and read from an fd instead (signalfd(2)), so that they arrive
 /// between two callbacks and never inside one (since v03).
 pub struct StopSignals {
     blocked: SigSet,
@@ -22,7 +23,11 @@ impl StopSignals {
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn register<S>(event_loop: &mut EventLoop<S>) -> io::Result<Self> {
-        let blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        let mut blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
+        // nohup(1) ignores SIGHUP. Once blocked it would be queued all the same.
+        if !is_ignored(Signal::SIGHUP) {
+            blocked.add(Signal::SIGHUP);
+        }
         blocked.thread_block()?;
         let fd = SignalFd::with_flags(&blocked, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
@@ -41,4 +46,12 @@ impl StopSignals {
         self.blocked.thread_unblock()?;
         Ok(())
     }
+}
+
+/// From `SigIgn` in proc_pid_status(5), as sigaction(2) needs `unsafe`. Without /proc: no.
+fn is_ignored(signal: Signal) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (signal as i32 - 1) & 1 == 1
 }

@@ -6,7 +6,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, fchown};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 
@@ -38,7 +38,7 @@ macro_rules! every_server {
             refuses_what_is_no_address,
             says_that_the_port_is_in_use,
             says_that_the_address_is_not_its_own,
-            survives_its_terminal,
+            ends_with_its_terminal_but_not_under_nohup,
             outlives_its_log,
             outlives_a_terminal_of_another_user,
             shows_every_step_on_request,
@@ -107,11 +107,31 @@ pub fn says_that_the_address_is_not_its_own(exe: &str, _: Works) {
     assert_one_line_about(exe, "192.0.2.1:7777", "Cannot assign requested address");
 }
 
-pub fn survives_its_terminal(exe: &str, works: Works) {
-    let server = Server::start(exe);
-    server.signal(Signal::SIGHUP);
+/// Or it would keep its port for ever, where nobody sees it.
+pub fn ends_with_its_terminal_but_not_under_nohup(exe: &str, works: Works) {
+    let start = |setup: &str| {
+        let script = format!("{setup} \"$0\" --addr 127.0.0.1:0");
+        Server::from(Command::new("sh").args(["-c", &script, exe]).env_remove("RUST_LOG"))
+    };
+    // The tests themselves may run under nohup.
+    let mut server = start("exec env --default-signal=HUP");
     server.signal(Signal::SIGPIPE);
     works(&server.connect());
+    server.signal(Signal::SIGHUP);
+    assert_ended_by(exe, Signal::SIGHUP, server.wait());
+
+    let server = start("trap '' HUP; exec");
+    server.signal(Signal::SIGHUP);
+    server.wait_until_asleep();
+    works(&server.connect());
+}
+
+/// With code 0 where there is a handler, from chapter 3 on.
+#[track_caller]
+fn assert_ended_by(exe: &str, signal: Signal, status: ExitStatus) {
+    let handled = name(exe) >= "reactor-v03";
+    let expected = if handled { (Some(0), None) } else { (None, Some(signal as i32)) };
+    assert_eq!((status.code(), status.signal()), expected);
 }
 
 /// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, to a
@@ -196,9 +216,7 @@ pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
         status = server.0.try_wait().unwrap();
         status.is_some()
     });
-    // Chapters 1 and 2 have no handler.
-    let status = status.unwrap();
-    assert!(status.success() || status.signal() == Some(Signal::SIGTERM as i32), "{status}");
+    assert_ended_by(exe, Signal::SIGTERM, status.unwrap());
 }
 
 struct KillOnDrop(std::process::Child);
