@@ -17,8 +17,8 @@ pub const SIZE_CLASSES: [usize; 7] =
 /// The size of the largest block, in bytes: 8 MiB (since v02).
 pub const MAX_BLOCK: usize = 8 * MIB;
 
-/// How much memory has to be left for everything else, in bytes: small allocations abort the process
-/// when they fail.
+/// How much memory has to be left for everything else, in bytes: small allocations abort the
+/// process when they fail.
 const RESERVE: usize = MIB;
 
 /// malloc(3) always maps an allocation of more than this, in bytes (mallopt(3), M_MMAP_THRESHOLD).
@@ -122,8 +122,8 @@ impl Blocks {
 
 /// A new block, if there is memory for it and for `reserve` bytes more.
 fn allocate(size: usize, reserve: usize) -> Result<Box<[u8]>, PoolError> {
-    // `vec!` alone aborts the process when memory is short (ulimit -v). Asking first is enough, as
-    // no other thread takes the memory meanwhile.
+    // `vec!` alone aborts the process when memory is short (ulimit -v), so ask first. Only another
+    // thread can take the memory in between.
     let mut probe = Vec::<u8>::new();
     probe.try_reserve_exact(size + reserve).map_err(|_| PoolError::OutOfMemory { asked: size })?;
     drop(probe);

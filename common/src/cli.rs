@@ -53,7 +53,8 @@ impl FromStr for Addr {
     }
 }
 
-/// `[fe80::1%eth0]:7777` as `[fe80::1%2]:7777`: the network interface by its number, as std wants it.
+/// `[fe80::1%eth0]:7777` as `[fe80::1%2]:7777`: the network interface by its number, as std wants
+/// it.
 fn with_scope_number(text: &str) -> Result<String, String> {
     let in_brackets = text.strip_prefix('[').and_then(|text| text.split_once(']'));
     let Some((addr, port)) = in_brackets else { return Ok(text.to_owned()) };

@@ -56,8 +56,8 @@ pub fn start() -> io::Result<Arc<Log>> {
     Ok(log)
 }
 
-/// stderr as the log writes it (since v01). A server must outlive its log, so a line that cannot be
-/// written is lost.
+/// stderr for the log (since v01). A server must outlive its log, so a line that cannot be written
+/// is lost.
 pub enum Log {
     /// Written at once or not at all.
     Direct(File),
@@ -73,7 +73,7 @@ impl Log {
             return Ok(Self::Direct(stderr));
         }
         // Opened a second time, so that O_NONBLOCK does not apply to the other processes with this
-        // pipe or terminal: they share the first open file, but not this one.
+        // pipe or terminal: they share stderr's open file description, but not this one.
         let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         match File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2") {
             Ok(own) => Ok(Self::Direct(own)),
@@ -91,8 +91,7 @@ impl Log {
             Self::Thread(writer) => return writer.put(line),
         };
         for part in line.chunks(PIPE_BUF) {
-            // Where stderr is the first open file, a socket for example, writing may block: ask
-            // first.
+            // What is not opened a second time, a socket for example, may block: ask first.
             let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
             if poll(&mut room, PollTimeout::ZERO) != Ok(1) {
                 return;
@@ -101,8 +100,7 @@ impl Log {
         }
     }
 
-    /// Waits until all lines are written, for at most [`LAST_LINES`]: call it before the process
-    /// ends.
+    /// Waits until all lines are written, for at most 1 s. Call it before the process ends.
     pub fn finish(&self) {
         let Self::Thread(writer) = self else { return };
         let start = Instant::now();
@@ -112,7 +110,7 @@ impl Log {
     }
 }
 
-/// The thread of [`Log::Thread`], as the others see it.
+/// The way to the thread of [`Log::Thread`] (since v01).
 pub struct Writer {
     lines: SyncSender<Vec<u8>>,
     unwritten: Arc<AtomicUsize>,
@@ -123,7 +121,7 @@ impl Writer {
         let (lines, receiver) = mpsc::sync_channel::<Vec<u8>>(MAX_LINES);
         let unwritten = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&unwritten);
-        // A thread inherits the mask. Signals are for the others: this one may be blocked for ever.
+        // The thread inherits the mask. It takes no signal, since it may never get to act on one.
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         let thread = thread::Builder::new().name("log".to_owned()).spawn(move || {
             for line in receiver {

@@ -8,8 +8,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::event_loop::{Callbacks, EventLoop, Interest, Token};
 
-/// SIGINT, SIGTERM and SIGHUP, blocked and read from an fd instead (signalfd(2)), so that they arrive
-/// between two callbacks and never inside one (since v03).
+/// SIGINT, SIGTERM and SIGHUP, blocked and read from an fd instead (signalfd(2)), so that they
+/// arrive between two callbacks and never inside one (since v03).
 pub struct StopSignals {
     blocked: SigSet,
     fd: SignalFd,
@@ -17,8 +17,8 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// From now on a signal stops `event_loop` and has no other effect. Call it before there is work
-    /// to finish, and before threads are started: they inherit the mask.
+    /// From now on a signal stops `event_loop` and has no other effect. Call it before there is
+    /// work to finish, and before threads are started: they inherit the mask.
     ///
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.

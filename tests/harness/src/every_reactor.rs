@@ -245,8 +245,8 @@ pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
     wait_until_idle(&server);
 }
 
-/// More clients that never read than there is memory for (RLIMIT_AS): those that it has none for are
-/// dropped, and the log says why. (`vec!` aborts the process.)
+/// More clients that never read than there is memory for (RLIMIT_AS): those that it has none for
+/// are dropped, and the log says why. (`vec!` aborts the process.)
 pub fn survives_a_shortage_of_memory(chapter: Chapter) {
     const LIMIT_KIB: u64 = 200 << 10;
     let server = Server::start_under(chapter.exe, &format!("-v {LIMIT_KIB}"));
