@@ -182,7 +182,7 @@ pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
     let terminal = || {
         let terminal = nix::pty::openpty(None, None).unwrap();
         let slave = File::from(terminal.slave);
-        fchown(&slave, Some(65534), None)?;
+        fchown(&slave, Some(1), None)?;
         slave.set_permissions(Permissions::from_mode(0o600))?;
         Ok::<_, io::Error>((File::from(terminal.master), slave))
     };
