@@ -19,4 +19,6 @@ seed=${2:-$(date +%s)}
 cd "$(dirname "$0")/.."
 cargo build --quiet --release --locked -p reactor-v03 -p reactor-v04 -p harness
 target=${CARGO_TARGET_DIR:-target}/release
+# The chapters, and no other program.
+unset REACTOR_CMD
 "$target/soak" "$target/reactor-v03" "$target/reactor-v04" --seconds "$seconds" --seed "$seed"

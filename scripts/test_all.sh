@@ -12,6 +12,13 @@ usage() {
 Usage: scripts/test_all.sh [v01|v02|v03|v04]...
 
 Builds and tests the chapters that are named, or all of them.
+
+       REACTOR_CMD='./mine --addr {addr}' scripts/test_all.sh v01|v02|v03|v04...
+
+Runs the tests from outside of the chapters that are named against another server, in any language.
+For {addr} its command gets a HOST:PORT to listen on. Tests that read the chapter's log or its
+messages are skipped, and named. The command is one that `exec` takes, without a second process in
+between: tests send it signals and look at its memory and its fds.
 END
 }
 
@@ -25,6 +32,7 @@ readonly CHAPTERS=(v01 v02 v03 v04)
 # A whole message of chapter 4, in the spelling of printf: id 1, length 3, payload. To v02 and v03 it is
 # some bytes like any others.
 readonly FRAME='\x01\x00\x00\x00\x03\x00\x00\x00hi\n'
+readonly CALLER=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 readonly ROOT=$PWD
 
@@ -133,8 +141,11 @@ install_netcat() {
     "$ROOT/scripts/install.sh" netcat-openbsd
 } >&2 </dev/null
 
-need_tools() {
+need_cargo() {
     type -P cargo >/dev/null || die 'cargo not found: install Rust, see https://rustup.rs'
+}
+
+need_netcat() {
     find_netcats
     if ((${#netcats[@]} == 0)) && install_netcat; then
         find_netcats
@@ -477,6 +488,7 @@ chapter_v03() {
         check v03 "$name: echo of 1 MB" check_echo_bytes v03 "$name"
         check v03 "$name: the second client is served" check_second_is_served v03 "$name"
     done
+    check v03 'REACTOR_CMD: another program is tested' check_another_program
 }
 
 # ---- Chapter 4 -----------------------------------------------------------------------------------
@@ -604,6 +616,45 @@ cargo_tests() { # PACKAGE OPTIONS
         END { printf "         %d tests passed, %d failed\n", passed, failed }' "$scratch/cargo"
 }
 
+# ---- Another program -----------------------------------------------------------------------------
+
+# The tests from outside, and nothing that needs the chapter itself: see tests/harness/src/lib.rs.
+other_program() {
+    local chapter options
+    # The command may be relative.
+    cd "$CALLER"
+    for chapter in "${CHAPTERS[@]}"; do
+        [[ -n ${chosen[$chapter]-} ]] || continue
+        options=(--manifest-path "$ROOT/Cargo.toml" -p "reactor-$chapter" --test "$chapter")
+        cargo_row "cargo test --no-run --test $chapter" test --no-run "${options[@]}" || summary
+        if ! cargo_row "tests/$chapter.rs: $REACTOR_CMD" test "${options[@]}" 2>"$scratch/err"; then
+            sed -n '/^failures:/,$p' "$scratch/cargo" | indented
+            # Or why they did not run at all.
+            grep -v '^skipped: ' "$scratch/err" | indented || true
+        fi
+        grep '^skipped: ' "$scratch/err" | indented || true
+        awk '/^skipped: / { skipped++ } /^test result:/ { passed += $4; failed += $6 }
+            END { printf "         %d tests passed, %d failed, %d skipped\n",
+                passed - skipped, failed, skipped }' "$scratch/err" "$scratch/cargo"
+    done
+    summary
+}
+
+# A test that looks for the log of the chapter is skipped, though there is one.
+check_another_program() {
+    printf '#!/bin/sh\ntouch used\nexec "%s" "$@"\n' "${binary[reactor-v03]}" >mine
+    chmod +x mine
+    code=0
+    REACTOR_CMD='./mine --addr {addr}' limited "$CARGO_LIMIT" \
+        cargo test --manifest-path "$ROOT/Cargo.toml" --locked "${packages[@]}" --test v03 -- \
+        --exact echoes_any_number_of_bytes every_server::shows_every_step_on_request \
+        >out 2>err || code=$?
+    expect_code 0
+    [[ -e used ]] || fail 'expected: the command in REACTOR_CMD is run'
+    grep -q '^skipped: every_server::shows_every_step_on_request: ' err ||
+        fail 'expected: the name of the skipped test' "came: $(excerpt err)"
+}
+
 # ---- main ----------------------------------------------------------------------------------------
 
 main() {
@@ -624,13 +675,26 @@ main() {
         esac
     done
 
+    if [[ -n ${REACTOR_CMD-} ]]; then
+        if (($# == 0)) || [[ $REACTOR_CMD != *'{addr}'* ]]; then
+            printf 'test_all.sh: with REACTOR_CMD, which needs {addr} in it, name a chapter\n' >&2
+            usage >&2
+            exit 2
+        fi
+    fi
+
     trap clean_up EXIT
     trap 'clean_up; exit 129' HUP
     trap 'clean_up; exit 130' INT
     trap 'clean_up; exit 141' PIPE
     trap 'clean_up; exit 143' TERM
     scratch=$(mktemp -d)
-    need_tools
+    need_cargo
+    if [[ -n ${REACTOR_CMD-} ]]; then
+        other_program
+        return
+    fi
+    need_netcat
 
     if (($# == 0)); then
         packages=(--workspace)

@@ -59,6 +59,7 @@ fn name(exe: &str) -> &str {
 }
 
 pub fn says_what_it_is(exe: &str, _: Works) {
+    crate::chapter_only!("it reads the chapter's --help and --version");
     let help = run(exe, &["--help"]);
     assert!(help.status.success());
     let help = String::from_utf8(help.stdout).unwrap();
@@ -79,6 +80,7 @@ pub fn listens_where_it_is_told(exe: &str, works: Works) {
 }
 
 pub fn refuses_what_is_no_address(exe: &str, _: Works) {
+    crate::chapter_only!("it reads the chapter's error messages");
     for addr in ["nonsense", "127.0.0.1", "127.0.0.1:65536", "::1:7777:x", ""] {
         let output = run(exe, &["--addr", addr]);
         assert_eq!(output.status.code(), Some(2), "{addr}");
@@ -97,12 +99,14 @@ fn assert_one_line_about(exe: &str, addr: &str, reason: &str) {
 }
 
 pub fn says_that_the_port_is_in_use(exe: &str, works: Works) {
+    crate::chapter_only!("it reads the chapter's error messages");
     let server = Server::start(exe);
     assert_one_line_about(exe, &server.addr().to_string(), "Address already in use");
     works(&server.connect());
 }
 
 pub fn says_that_the_address_is_not_its_own(exe: &str, _: Works) {
+    crate::chapter_only!("it reads the chapter's error messages");
     // 192.0.2.0/24 is for documentation (RFC 5737): no machine has it.
     assert_one_line_about(exe, "192.0.2.1:7777", "Cannot assign requested address");
 }
@@ -137,6 +141,7 @@ fn assert_ended_by(exe: &str, signal: Signal, status: ExitStatus) {
 /// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, to a
 /// pipe and to a terminal that nobody reads.
 pub fn outlives_its_log(exe: &str, works: Works) {
+    crate::chapter_only!("it reads the chapter's log");
     let start = |setup: &str, stderr: Stdio| {
         let (child, addr) = start_with_log(exe, setup, stderr);
         assert_eq!(child.threads(), 1);
@@ -247,6 +252,7 @@ impl Drop for KillOnDrop {
 }
 
 pub fn shows_every_step_on_request(exe: &str, works: Works) {
+    crate::chapter_only!("it reads the chapter's trace");
     let mut command = Command::new(exe);
     let server = Server::from(command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "trace"));
     works(&server.connect());
@@ -255,6 +261,7 @@ pub fn shows_every_step_on_request(exe: &str, works: Works) {
 }
 
 pub fn says_when_it_does_not_understand_rust_log(exe: &str, works: Works) {
+    crate::chapter_only!("it reads the chapter's log");
     let mut command = Command::new(exe);
     let server = Server::from(command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "a=b=c"));
     server.wait_for_log("RUST_LOG is not understood");

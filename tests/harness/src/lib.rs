@@ -1,5 +1,8 @@
 //! Runs the binary of a chapter, talks to it over real sockets and looks at it from outside.
 //!
+//! Or another program, in any language: REACTOR_CMD is its command, for example `./mine --addr {addr}`,
+//! relative to the folder where the user is. For `{addr}` it gets a free port, or what the test asks for.
+//!
 //! Whatever waits here waits for a condition, and panics after [`LIMIT`], at the caller's line.
 
 // A test that cannot get a socket or a process has failed, and says so best by a panic.
@@ -8,9 +11,10 @@
 pub mod every_reactor;
 pub mod every_server;
 
+use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
@@ -39,6 +43,34 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// The command of another program to test, if there is one.
+fn reactor_cmd() -> Option<String> {
+    env::var("REACTOR_CMD").ok().filter(|command| !command.is_empty())
+}
+
+/// Skips a test that only the chapter's own program can pass when another one is tested.
+#[macro_export]
+macro_rules! chapter_only {
+    ($why:literal) => {
+        // The closure is named after the function that it is in.
+        if $crate::is_skipped(std::any::type_name_of_val(&|| ()), $why) {
+            return;
+        }
+    };
+}
+
+/// Whether another program is tested: says so then, for [`chapter_only!`].
+pub fn is_skipped(closure: &str, why: &str) -> bool {
+    let skipped = reactor_cmd().is_some();
+    if skipped {
+        let path = closure.trim_end_matches("::{{closure}}");
+        let test = path.split_once("::").map_or(path, |(_, test)| test);
+        // Not by a macro: libtest keeps what those print to itself if the test passes.
+        io::stderr().write_all(format!("skipped: {test}: {why}\n").as_bytes()).unwrap();
+    }
+    skipped
+}
+
 /// A running process, killed when dropped, and what it has written to stderr.
 pub struct Process {
     child: Child,
@@ -54,9 +86,9 @@ impl Process {
         let stderr = BufReader::new(child.stderr.take().expect("stderr is a pipe"));
         let lines = Arc::clone(&log);
         thread::spawn(move || {
-            for line in stderr.lines().map_while(Result::ok) {
+            for line in stderr.split(b'\n').map_while(Result::ok) {
                 let mut lines = lines.lock().unwrap();
-                lines.push_str(&line);
+                lines.push_str(&String::from_utf8_lossy(&line));
                 lines.push('\n');
             }
         });
@@ -169,6 +201,25 @@ impl Process {
         });
     }
 
+    /// Whether it listens on `port`, and then whether on an IPv6 address. /proc tells, since a
+    /// connection would be noticed.
+    fn listens_on(&self, port: u16) -> Option<bool> {
+        let fds = fs::read_dir(self.proc("fd")).ok()?.flatten();
+        let files: Vec<PathBuf> = fds.filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
+        let table = |name| fs::read_to_string(self.proc(name)).unwrap_or_default();
+        let (table, port) = (table("net/tcp") + &table("net/tcp6"), format!(":{port:04X}"));
+        table.lines().find_map(|line| {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (local, state) = (fields[1], fields[3]);
+            let listens = local.ends_with(&port) && state == "0A";
+            // Its own socket: another program may have been given the port meanwhile.
+            let own = || files.contains(&format!("socket:[{}]", fields[9]).into());
+            // Eight digits are an IPv4 address, and so are these before eight digits.
+            let ipv6 = local.len() > 13 && !local.starts_with("0000000000000000FFFF0000");
+            (listens && own()).then_some(ipv6)
+        })
+    }
+
     fn proc(&self, file: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/{file}", self.child.id()))
     }
@@ -211,6 +262,9 @@ impl Server {
     /// Starts the server `exe` on `addr`.
     #[track_caller]
     pub fn start_on(exe: &str, addr: &str) -> Self {
+        if let Some(command) = reactor_cmd() {
+            return Self::start_other(&command, addr, "");
+        }
         Self::from(Command::new(exe).args(["--addr", addr]).env_remove("RUST_LOG"))
     }
 
@@ -218,6 +272,9 @@ impl Server {
     /// `-n 64` for 64 fds and never more, `-Sn 64` for as many at first.
     #[track_caller]
     pub fn start_under(exe: &str, limit: &str) -> Self {
+        if let Some(command) = reactor_cmd() {
+            return Self::start_other(&command, "127.0.0.1:0", &format!("ulimit {limit}; "));
+        }
         let script = format!("ulimit {limit}; exec \"$0\" --addr 127.0.0.1:0");
         Self::from(Command::new("sh").args(["-c", &script, exe]).env_remove("RUST_LOG"))
     }
@@ -230,6 +287,65 @@ impl Server {
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
         Self { process, addr }
+    }
+
+    /// Starts the program of REACTOR_CMD, after `limit`, and waits until it listens.
+    #[track_caller]
+    fn start_other(command: &str, addr: &str, limit: &str) -> Self {
+        assert!(command.contains("{addr}"), "REACTOR_CMD has no {{addr}} in it: {command}");
+        raise_fd_limit();
+        let host = addr.rsplit_once(':').expect("HOST:PORT").0;
+        let mut tries = 1..=10;
+        loop {
+            let listener = TcpListener::bind(addr).expect("a free port");
+            let port = listener.local_addr().unwrap().port();
+            drop(listener);
+            let addr = format!("{host}:{port}");
+            // No process in between: pid, signals and limits are the program's own.
+            let script = format!("{limit}exec >&2; exec {}", command.replace("{addr}", &addr));
+            let mut shell = Command::new("sh");
+            shell.args(["-c", &script]).stdin(Stdio::null()).env_remove("RUST_LOG");
+            // Cargo runs tests in another folder than the user's, but leaves this as it was.
+            shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
+            let process = Process::start(&mut shell);
+
+            let start = Instant::now();
+            while start.elapsed() < LIMIT && !process.has_ended() {
+                if let Some(ipv6) = process.listens_on(port) {
+                    // It may still have an fd to open for its event loop.
+                    thread::sleep(QUIET / 3);
+                    let addrs: Vec<SocketAddr> = addr.to_socket_addrs().unwrap().collect();
+                    let addr = addrs.iter().find(|addr| addr.is_ipv6() == ipv6);
+                    return Self { process, addr: *addr.unwrap_or(&addrs[0]) };
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+            let lost_its_port = process.has_ended() && TcpListener::bind(&addr).is_err();
+            if !lost_its_port || tries.next().is_none() {
+                // What it wrote last may still be on its way here.
+                thread::sleep(QUIET);
+                let what = if process.has_ended() { "ended" } else { "ran for 30 s" };
+                let log = process.log();
+                panic!(
+                    "REACTOR_CMD: {script:?} {what}, and did not listen itself. It wrote:\n{log}"
+                );
+            }
+        }
+    }
+
+    /// Waits for a line in the chapter's log. Another program need not have it: then this returns an
+    /// empty line at once.
+    #[track_caller]
+    pub fn wait_for_log(&self, text: &str) -> String {
+        if reactor_cmd().is_some() { String::new() } else { self.process.wait_for_log(text) }
+    }
+
+    /// Checks that `text` is in the chapter's log just once, which another program need not have.
+    #[track_caller]
+    pub fn assert_logged_once(&self, text: &str) {
+        let log = self.log();
+        let once = log.matches(text).count() == 1;
+        assert!(once || reactor_cmd().is_some(), "{text:?} in the log:\n{log}");
     }
 
     /// Where it listens.
