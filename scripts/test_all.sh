@@ -675,12 +675,10 @@ main() {
         esac
     done
 
-    if [[ -n ${REACTOR_CMD-} ]]; then
-        if (($# == 0)) || [[ $REACTOR_CMD != *'{addr}'* ]]; then
-            printf 'test_all.sh: with REACTOR_CMD, which needs {addr} in it, name a chapter\n' >&2
-            usage >&2
-            exit 2
-        fi
+    if [[ -n ${REACTOR_CMD-} && ($# -eq 0 || $REACTOR_CMD != *'{addr}'*) ]]; then
+        printf 'test_all.sh: REACTOR_CMD has to have {addr} in it, and needs the name of a chapter\n' >&2
+        usage >&2
+        exit 2
     fi
 
     trap clean_up EXIT

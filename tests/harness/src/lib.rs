@@ -229,6 +229,11 @@ impl Drop for Process {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if thread::panicking() && reactor_cmd().is_some() {
+            // What it wrote last may still be on its way here.
+            thread::sleep(QUIET);
+            eprintln!("The program wrote:\n{}", self.log());
+        }
     }
 }
 
@@ -322,13 +327,8 @@ impl Server {
             }
             let lost_its_port = process.has_ended() && TcpListener::bind(&addr).is_err();
             if !lost_its_port || tries.next().is_none() {
-                // What it wrote last may still be on its way here.
-                thread::sleep(QUIET);
                 let what = if process.has_ended() { "ended" } else { "ran for 30 s" };
-                let log = process.log();
-                panic!(
-                    "REACTOR_CMD: {script:?} {what}, and did not listen itself. It wrote:\n{log}"
-                );
+                panic!("REACTOR_CMD: {script:?} {what}, and did not listen itself");
             }
         }
     }
