@@ -232,7 +232,7 @@ impl Drop for Process {
         if thread::panicking() && reactor_cmd().is_some() {
             // What it wrote last may still be on its way here.
             thread::sleep(QUIET);
-            eprintln!("The program wrote:\n{}", self.log());
+            eprintln!("The program's output:\n{}", self.log());
         }
     }
 }
