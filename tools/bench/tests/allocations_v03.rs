@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod allocations;
-#[path = "../../reactor-v03/src/tcp_server.rs"]
+#[path = "../../../reactor-v03/src/tcp_server.rs"]
 mod tcp_server;
 
 use allocations::Chapter;

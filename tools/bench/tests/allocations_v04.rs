@@ -4,9 +4,9 @@
 #![allow(clippy::unwrap_used)]
 
 mod allocations;
-#[path = "../../reactor-v04/src/tcp_conn.rs"]
+#[path = "../../../reactor-v04/src/tcp_conn.rs"]
 mod tcp_conn;
-#[path = "../../reactor-v04/src/tcp_server.rs"]
+#[path = "../../../reactor-v04/src/tcp_server.rs"]
 mod tcp_server;
 
 use allocations::Chapter;

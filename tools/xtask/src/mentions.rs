@@ -187,7 +187,7 @@ mod tests {
 
     fn checked(page: &str) -> anyhow::Result<BTreeSet<String>> {
         let world = World {
-            root: Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(),
+            root: &crate::workspace_root().unwrap(),
             sources: &sources::tests::sources(),
             foreign: &ForeignNames::parse("epoll_wait  # a call\nTcpStream::connect a.cpp\n"),
             page: &|path| match path.to_str()? {
@@ -235,7 +235,7 @@ mod tests {
     #[test]
     fn a_page_of_the_book_does_not_lead_out_of_it() {
         let world = World {
-            root: Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap(),
+            root: &crate::workspace_root().unwrap(),
             sources: &sources::tests::sources(),
             foreign: &ForeignNames::parse(""),
             page: &|_| None,

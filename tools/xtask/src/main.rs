@@ -69,19 +69,26 @@ fn main() -> ExitCode {
 }
 
 fn run(task: Task) -> anyhow::Result<()> {
-    // Cargo says where the package is when it runs it.
-    let package = std::env::var_os("CARGO_MANIFEST_DIR").context("to be run as `cargo xtask`")?;
-    let root = Path::new(&package).parent().context("a package of a workspace")?;
+    let root = workspace_root()?;
     match task {
-        Task::Docs { check } => docs(root, check),
-        Task::Console { check, pages } => console(root, check, pages),
-        Task::Answers { quick, patches } => answers(root, patches, quick),
+        Task::Docs { check } => docs(&root, check),
+        Task::Console { check, pages } => console(&root, check, pages),
+        Task::Answers { quick, patches } => answers(&root, patches, quick),
     }
+}
+
+/// The folder above this package that has the lock file: a workspace has one, in its root.
+fn workspace_root() -> anyhow::Result<PathBuf> {
+    // Set by cargo when it runs the program, so that the folder may be moved after a build.
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").context("run it as `cargo xtask`")?;
+    let mut folders = Path::new(&package).ancestors();
+    let root = folders.find(|folder| folder.join("Cargo.lock").is_file());
+    Ok(root.context("no Cargo.lock above this package")?.to_owned())
 }
 
 fn docs(root: &Path, check: bool) -> anyhow::Result<()> {
     let sources = Sources::read(root)?;
-    let report = figures::read(&root.join("bench/figures.json"))?;
+    let report = figures::read(&root.join("tools/bench/figures.json"))?;
     let mut files = BTreeMap::new();
     for step in diffs::STEPS {
         files.insert(PathBuf::from(step.page()), step.render(root, &sources)?);
@@ -281,7 +288,7 @@ mod tests {
                 &format!("// {chapter}\nfn main() {{}}\n"),
             );
         }
-        write("bench/figures.json", &figures::tests::json());
+        write("tools/bench/figures.json", &figures::tests::json());
         write("docs/names.txt", "epoll_wait # a call\n");
         write("docs/answers/v01-1.patch", "Check: true\n+a\n");
         write("docs/src/v01.md", PAGE);
@@ -326,7 +333,7 @@ mod tests {
                 "3",
                 "docs/src/diffs/v02-v03.md, docs/src/diffs/v03",
             ),
-            ("bench/figures.json", "1234.5", "1240.5", "not up to date: docs/src/v01.md"),
+            ("tools/bench/figures.json", "1234.5", "1240.5", "not up to date: docs/src/v01.md"),
             ("docs/answers/v01-1.patch", "+a", "+b", "not up to date: docs/src/v01.md"),
         ] {
             let text = fs::read_to_string(root.join(name)).unwrap();

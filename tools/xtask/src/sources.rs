@@ -262,7 +262,7 @@ impl Sources {
     /// Whether anything goes by this name: `decode`, or `message::decode`, or `TcpConn::do_read`.
     pub fn has_name(&self, name: &str) -> bool {
         // What checks the text is not what it is about.
-        let mut course = self.0.iter().filter(|(path, _)| !path.starts_with("xtask/"));
+        let mut course = self.0.iter().filter(|(path, _)| !path.starts_with("tools/xtask/"));
         course.any(|(path, source)| {
             let module = path.rsplit('/').next().and_then(|file| file.strip_suffix(".rs"));
             let within = module.and_then(|module| name.strip_prefix(module)?.strip_prefix("::"));
