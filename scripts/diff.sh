@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# What changed from one chapter to a later one: the files of both, and what has come into common, in
-# colour.
+# What changed from one chapter to a later one: the files of both, and what is new in common. In colour
+# on a terminal.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
-readonly CHAPTERS=(v01 v02 v03 v04 v04-client)
+# shellcheck source=scripts/chapters.sh
+source scripts/chapters.sh
+mapfile -t CHAPTERS < <(chapters)
 
 usage() {
-    cat <<'END'
+    cat <<END
 Usage: scripts/diff.sh FROM TO
+       scripts/diff.sh --stat
 
-Shows what changed from one chapter to a later one: v01, v02, v03, v04, v04-client.
+Shows what changed from one chapter to a later one: ${CHAPTERS[*]}.
+With --stat, shows how many lines each chapter changed, and how many it has.
 END
 }
 
@@ -27,9 +31,27 @@ place_of() {
     exit 2
 }
 
+# One row for each step. Programs beside the server, in src/bin, do not count.
+show_stat() {
+    local before chapter changed lines
+    printf '%-18s  %7s  %5s\n' step changed lines
+    for chapter in "${CHAPTERS[@]}"; do
+        before=$(predecessor "$chapter")
+        [[ -n $before ]] || continue
+        changed=$(diff -ruN -x bin "reactor-$before/src" "reactor-$chapter/src" |
+            awk '/^[-+]/ && !/^(\+\+\+|---)/ { n++ } END { print n + 0 }') || true
+        lines=$(find "reactor-$chapter/src" -name bin -prune -o -name '*.rs' -exec cat {} + | wc -l)
+        printf '%-18s  %7d  %5d\n' "$before -> $chapter" "$changed" "$lines"
+    done
+}
+
 case ${1-} in
     -h | --help) usage && exit ;;
 esac
+if [[ $# == 1 && $1 == --stat ]]; then
+    show_stat
+    exit
+fi
 if (($# != 2)); then
     usage >&2
     exit 2
@@ -81,5 +103,5 @@ if [[ $color == always ]]; then
         pager='less -RFX'
     fi
 fi
-# Whoever has seen enough closes the pipe, and that is no failure.
+# A pager that is quit early closes the pipe, which is no failure.
 show "$@" | ${pager:-cat} || (($? == 141))

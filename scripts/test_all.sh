@@ -8,16 +8,17 @@
 set -euo pipefail
 
 usage() {
-    cat <<'END'
-Usage: scripts/test_all.sh [v01|v02|v03|v04]...
+    cat <<END
+Usage: scripts/test_all.sh [CHAPTER]...
 
-Builds and tests the chapters that are named, or all of them.
+Builds and tests the chapters that are named, of ${CHAPTERS[*]}, or all of them.
+The client of a chapter is tested with it.
 
-       REACTOR_CMD='./mine --addr {addr}' scripts/test_all.sh v01|v02|v03|v04...
+       REACTOR_CMD='./mine --addr {addr}' scripts/test_all.sh CHAPTER...
 
 Runs the tests from outside of the chapters that are named against another server, in any language.
 For {addr} its command gets a HOST:PORT to listen on. Tests that read the chapter's log or its
-messages are skipped, and named. The command is one that `exec` takes, without a second process in
+messages are skipped, and named. The command is one that \`exec\` takes, without a second process in
 between: tests send it signals and look at its memory and its fds.
 END
 }
@@ -28,13 +29,15 @@ readonly CARGO_LIMIT=3600
 # Seconds to look on when nothing should happen.
 readonly QUIET=1
 
-readonly CHAPTERS=(v01 v02 v03 v04)
 # A whole message of chapter 4, in the spelling of printf: id 1, length 3, payload. To v02 and v03 it is
 # some bytes like any others.
 readonly FRAME='\x01\x00\x00\x00\x03\x00\x00\x00hi\n'
 readonly CALLER=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 readonly ROOT=$PWD
+# shellcheck source=scripts/chapters.sh
+source scripts/chapters.sh
+mapfile -t CHAPTERS < <(servers)
 
 # What the checks read on stderr depends on the first, what the tools say on the second.
 unset RUST_LOG
@@ -327,10 +330,12 @@ say() {
 # ---- Every program -------------------------------------------------------------------------------
 
 check_help() { # PACKAGE
+    local number=${1#reactor-v}
+    number=${number%%-*}
     run "${binary[$1]}" --help
     expect_code 0
     head -n 2 out >first_lines
-    expect_lines first_lines '^Chapter [1-4][:,] ' '^Try it: '
+    expect_lines first_lines "^Chapter $((10#$number))[:,] " '^Try it: '
     grep -q -e "--addr" out || fail 'expected: --addr in the help' "came: $(cat out)"
 }
 
@@ -504,8 +509,8 @@ expect_replies() {
     expect_same expected err
 }
 
-check_message() {
-    start_server v04
+check_message() { # [CHAPTER]
+    start_server "${1-v04}"
     client 'hello lars!'
     expect_replies 'id=1 len=11 hello lars!'
 }
@@ -548,10 +553,10 @@ check_no_server() {
 }
 
 # Bytes 4 to 7 are the length: "text", little-endian, is 1954047348.
-check_raw_text() { # NETCAT
-    start_server v04
+check_raw_text() { # CHAPTER NETCAT
+    start_server "$1"
     # The server must be the one that closes.
-    use_netcat "$1" stay
+    use_netcat "$2" stay
     printf 'raw text\n' >sent
     talk
     : >expected
@@ -574,7 +579,22 @@ chapter_v04() {
     check v04 'client: 10,000 lines' check_many_lines
     check v04 'client: no server ends with code 1' check_no_server
     for name in "${netcats[@]}"; do
-        check v04 "$name: raw text is refused" check_raw_text "$name"
+        check v04 "$name: raw text is refused" check_raw_text v04 "$name"
+    done
+}
+
+# ---- The chapters after it, as far as they have no rows of their own -----------------------------
+
+# They all speak in the messages of chapter 4.
+later_chapter() { # CHAPTER
+    local name package
+    server_checks "$1"
+    for package in $(packages_of "$1" | grep "$1-"); do
+        program_checks "$1" "$package"
+    done
+    check "$1" 'the client of chapter 4: one message' check_message "$1"
+    for name in "${netcats[@]}"; do
+        check "$1" "$name: raw text is refused" check_raw_text "$1" "$name"
     done
 }
 
@@ -657,8 +677,11 @@ check_another_program() {
 
 # ---- main ----------------------------------------------------------------------------------------
 
+# packages_of CHAPTER: its server and its client, if it has one.
+packages_of() { chapters | sed -n "/^$1\(-.*\)\{0,1\}\$/s/^/reactor-/p"; }
+
 main() {
-    local chapter packages=()
+    local chapter package packages=() build_only=()
     local -A chosen=()
     for chapter in "$@"; do
         case $chapter in
@@ -666,11 +689,13 @@ main() {
                 usage
                 exit 0
                 ;;
-            v01 | v02 | v03 | v04) chosen[$chapter]=yes ;;
             *)
-                printf 'test_all.sh: no such chapter: %s\n' "$chapter" >&2
-                usage >&2
-                exit 2
+                if [[ " ${CHAPTERS[*]} " != *" $chapter "* ]]; then
+                    printf 'test_all.sh: no such chapter: %s\n' "$chapter" >&2
+                    usage >&2
+                    exit 2
+                fi
+                chosen[$chapter]=yes
                 ;;
         esac
     done
@@ -701,17 +726,26 @@ main() {
         done
     else
         packages=(-p common)
-        for chapter in "${CHAPTERS[@]}"; do
-            [[ -z ${chosen[$chapter]-} ]] || packages+=(-p "reactor-$chapter")
+        for chapter in "${!chosen[@]}"; do
+            for package in $(packages_of "$chapter"); do
+                packages+=(-p "$package")
+            done
         done
-        [[ -z ${chosen[v04]-} ]] || packages+=(-p reactor-v04-client)
+        # Later chapters are tried with it.
+        build_only=(-p reactor-v04-client)
     fi
 
     printf 'netcats: %s\n' "${netcats[*]}"
-    build "${packages[@]}"
+    build "${packages[@]}" "${build_only[@]}"
     cargo_tests "${packages[@]}"
     for chapter in "${CHAPTERS[@]}"; do
-        [[ -z ${chosen[$chapter]-} ]] || "chapter_$chapter"
+        if [[ -z ${chosen[$chapter]-} ]]; then
+            continue
+        elif declare -F "chapter_$chapter" >/dev/null; then
+            "chapter_$chapter"
+        else
+            later_chapter "$chapter"
+        fi
     done
     if (($# == 0)); then
         check all 'soak: ten seconds of churn' check_soak

@@ -10,7 +10,32 @@ pub mod load;
 pub mod report;
 pub mod target;
 
+use std::fs;
 use std::net::{Ipv4Addr, TcpListener};
+use std::path::Path;
+
+use anyhow::Context;
+
+/// The root of the workspace when this was built.
+pub const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+/// The packages of the chapters in their order: the folders `reactor-*` of the workspace.
+///
+/// # Errors
+/// The root of the workspace cannot be read.
+pub fn chapters(root: &Path) -> anyhow::Result<Vec<String>> {
+    let mut chapters = Vec::new();
+    for entry in fs::read_dir(root).with_context(|| root.display().to_string())? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // What git leaves of a chapter on another branch is no chapter.
+        if name.starts_with("reactor-") && entry.path().join("Cargo.toml").exists() {
+            chapters.push(name);
+        }
+    }
+    chapters.sort();
+    Ok(chapters)
+}
 
 /// A listening socket on a free port, announced as the chapters announce theirs.
 ///

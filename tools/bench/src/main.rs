@@ -39,14 +39,8 @@ struct Args {
                          100x1x64+1x8x65535"
     )]
     scenarios: Vec<Scenario>,
-    /// Which servers; ratios are to the first one
-    #[arg(
-        long,
-        value_name = "NAME",
-        value_delimiter = ',',
-        default_value = "floor,reactor-v01,reactor-v02,reactor-v03,reactor-v04,peer-mio,\
-                         peer-tokio,peer-tokio-codec"
-    )]
+    /// Which servers; ratios are to the first one [default: floor, the chapters, the peers]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
     servers: Vec<String>,
     /// How many idle connections to measure the memory of; 0 for none
     #[arg(long, value_name = "N", default_value_t = 10_000)]
@@ -85,6 +79,9 @@ fn main() -> anyhow::Result<()> {
     let mut args = Args::parse();
     if args.quick {
         (args.rounds, args.seconds) = (1, Duration::from_millis(500));
+    }
+    if args.servers.is_empty() {
+        args.servers = Server::all()?;
     }
     net::raise_fd_limit();
     let (fds, _) = getrlimit(Resource::RLIMIT_NOFILE)?;

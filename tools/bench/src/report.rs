@@ -129,7 +129,7 @@ impl Machine {
             kernel: sysctl("kernel/osrelease"),
             congestion_control: sysctl("net/ipv4/tcp_congestion_control"),
             rustc: output_of("rustc", &["--version"]),
-            commit: output_of("git", &["-C", ROOT, "describe", "--always", "--dirty"]),
+            commit: output_of("git", &["-C", crate::ROOT, "describe", "--always", "--dirty"]),
         }
     }
 }
@@ -143,9 +143,6 @@ fn output_of(program: &str, args: &[&str]) -> String {
     let text = output.filter(|output| output.status.success()).map(|output| output.stdout);
     text.map_or_else(unknown, |text| String::from_utf8_lossy(&text).trim().to_owned())
 }
-
-/// Where the repository was when this was built.
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Makes a table, as Markdown.
 pub type Table = fn(&Report) -> String;

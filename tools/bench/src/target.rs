@@ -20,6 +20,19 @@ pub struct Server {
 }
 
 impl Server {
+    /// The names of all that can be measured. The floor is the first, since ratios are to it.
+    ///
+    /// # Errors
+    /// The chapters cannot be listed.
+    pub fn all() -> anyhow::Result<Vec<String>> {
+        let mut names = vec!["floor".to_owned()];
+        // A second hyphen is in the name of a client, as in reactor-v04-client.
+        let chapters = crate::chapters(Path::new(crate::ROOT))?;
+        names.extend(chapters.into_iter().filter(|name| name.matches('-').count() == 1));
+        names.extend(["peer-mio", "peer-tokio", "peer-tokio-codec"].map(str::to_owned));
+        Ok(names)
+    }
+
     /// Chapter 1 says hello and takes in nothing.
     pub fn echoes(&self) -> bool {
         self.name != "reactor-v01"

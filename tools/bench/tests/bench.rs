@@ -7,6 +7,7 @@ use std::fs;
 use std::process::Command;
 
 use bench::report::Report;
+use bench::target::Server;
 
 const PEERS: [&str; 4] = ["floor", "peer-mio", "peer-tokio", "peer-tokio-codec"];
 
@@ -35,6 +36,15 @@ fn every_peer_can_be_measured() {
     for name in ["cpu", "rate", "latency", "fairness", "accept", "idle"] {
         assert!(printed.contains(&report.table(name).unwrap()), "{name} in {printed}");
     }
+}
+
+#[test]
+fn the_servers_are_the_chapters_between_the_floor_and_the_peers() {
+    let names = Server::all().unwrap();
+    assert_eq!(names[..3], ["floor", "reactor-v01", "reactor-v02"]);
+    assert_eq!(names[names.len() - 3..], PEERS[1..]);
+    assert!(names[1..names.len() - 3].is_sorted());
+    assert!(!names.contains(&"reactor-v04-client".to_owned()));
 }
 
 #[test]

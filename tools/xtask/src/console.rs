@@ -55,8 +55,8 @@ impl Stage {
     pub fn set(root: &Path) -> anyhow::Result<Self> {
         let mut cargo = Command::new(env::var_os("CARGO").context("to be run as `cargo xtask`")?);
         let build = cargo.args(["build", "--quiet", "--locked"]).current_dir(root);
-        for chapter in ["v01", "v02", "v03", "v04", "v04-client"] {
-            build.arg("-p").arg(format!("reactor-{chapter}"));
+        for chapter in bench::chapters(root)? {
+            build.args(["-p", &chapter]);
         }
         ensure!(build.status()?.success(), "the chapters cannot be built");
         // This program is in target/debug, wherever that is, and so are they.
