@@ -114,7 +114,7 @@ impl WorkspaceCopy {
 /// # Errors
 /// Their folder cannot be read.
 pub fn all(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let folder = root.join("docs/answers");
+    let folder = root.join("docs/src/answers");
     let entries = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
     let mut patches = entries.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
     patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));

@@ -1,7 +1,4 @@
-//! The blocks of a page that have a source: code, answers, console sessions.
-
-use std::fs;
-use std::path::Path;
+//! The blocks of a page that have a source: code, console sessions.
 
 use anyhow::{Context, bail, ensure};
 use pulldown_cmark::{CodeBlockKind, Event, Tag};
@@ -9,16 +6,19 @@ use pulldown_cmark::{CodeBlockKind, Event, Tag};
 use crate::pages::{Block, blocks, events, line_of, replace};
 use crate::sources::Sources;
 
-/// The page with all excerpts and answers as they are in their files.
+/// The page with all excerpts as they are in their files.
 ///
 /// # Errors
 /// A block names something that does not exist, or has code in it and names nothing.
-pub fn refresh(page: &str, sources: &Sources, root: &Path) -> anyhow::Result<String> {
+pub fn refresh(page: &str, sources: &Sources) -> anyhow::Result<String> {
     check_comments(page)?;
     let mut texts = Vec::new();
     for block in blocks(page) {
+        if block.include(page).is_some() {
+            continue;
+        }
         let body = &page[block.range.clone()];
-        if let Some(text) = text_of(&block, body, sources, root).with_context(|| block.place())? {
+        if let Some(text) = text_of(&block, body, sources).with_context(|| block.place())? {
             texts.push((block.range, text));
         }
     }
@@ -26,9 +26,8 @@ pub fn refresh(page: &str, sources: &Sources, root: &Path) -> anyhow::Result<Str
 }
 
 /// What a comment can begin with, and whether a block has to follow.
-const COMMENTS: [(&str, bool); 6] = [
+const COMMENTS: [(&str, bool); 5] = [
     ("<!-- code: ", true),
-    ("<!-- file: ", true),
     ("<!-- sequence: ", true),
     ("<!-- illustration: ", true),
     ("<!-- figures: ", false),
@@ -65,22 +64,13 @@ fn check_comments(page: &str) -> anyhow::Result<()> {
 }
 
 /// What a block should have in it, if its page does not decide that.
-fn text_of(
-    block: &Block<'_>,
-    body: &str,
-    sources: &Sources,
-    root: &Path,
-) -> anyhow::Result<Option<String>> {
+fn text_of(block: &Block<'_>, body: &str, sources: &Sources) -> anyhow::Result<Option<String>> {
     if let Some(reason) = block.comment_of("illustration") {
         ensure!(!reason.trim().is_empty(), "an illustration needs a reason");
         return Ok(None);
     }
     let (text, language) = if let Some(args) = block.comment_of("code") {
         (sources.excerpts(args)?, "rust")
-    } else if let Some(path) = block.comment_of("file") {
-        let text = fs::read_to_string(root.join(path)).context(format!("there is no {path}"))?;
-        // The first line says where it is, for those who cannot see the comment.
-        (format!("# {path}\n{text}"), "diff")
     } else {
         match block.language {
             // Replayed by another task.
@@ -95,7 +85,7 @@ fn text_of(
             }
             "" => bail!("a block needs a language, `text` if nothing else"),
             language => bail!(
-                "{language} needs a source, `<!-- code: FILE, ITEM -->` or `<!-- file: FILE -->`, \
+                "{language} needs a source, `<!-- code: FILE, ITEM -->` or `{{{{#include FILE}}}}`, \
                  or a reason to have none, `<!-- illustration: REASON -->`"
             ),
         }
@@ -111,7 +101,7 @@ mod tests {
     use crate::sources;
 
     fn refreshed(page: &str) -> anyhow::Result<String> {
-        refresh(page, &sources::tests::sources(), Path::new(env!("CARGO_MANIFEST_DIR")))
+        refresh(page, &sources::tests::sources())
     }
 
     #[test]
@@ -142,7 +132,6 @@ mod tests {
         assert_broken("```\nfn x() {}\n```\n", "needs a language");
         assert_broken("a\n\n<!-- code: a/b.rs, Gone -->\n```rust\n```\n", "there is no item Gone");
         assert_broken("a\n\n<!-- code: a/b.rs, Type -->\n```c\n```\n", "its language is \"rust\"");
-        assert_broken("a\n\n<!-- file: gone.patch -->\n```diff\n```\n", "there is no gone.patch");
         assert_broken("a\n\n<!-- illustration:  -->\n```c\n```\n", "needs a reason");
     }
 }

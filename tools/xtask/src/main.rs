@@ -32,7 +32,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Brings excerpts, answers, figures, diffs and diagrams of README.md and docs up to date, and
+    /// Brings excerpts, figures, diffs and diagrams of README.md and docs up to date, and
     /// looks for links and names that lead to nothing
     Docs {
         /// Changes nothing, and fails where something would have to be changed
@@ -96,8 +96,7 @@ fn docs(root: &Path, check: bool) -> anyhow::Result<()> {
     for path in pages(root)? {
         let old = read(root, &path)?;
         let page = figures::refresh(&old, &report).with_context(|| path.display().to_string())?;
-        let page =
-            blocks::refresh(&page, &sources, root).with_context(|| path.display().to_string())?;
+        let page = blocks::refresh(&page, &sources).with_context(|| path.display().to_string())?;
         for block in pages::blocks(&page) {
             let Some(name) = block.comment_of("sequence") else { continue };
             let svg = sequence::draw(&page[block.range.clone()])
@@ -166,7 +165,10 @@ fn check_book(root: &Path) -> anyhow::Result<()> {
         ensure!(!in_book || listed.contains(&path), "SUMMARY.md lacks {}", path.display());
         let page = read(root, &path)?;
         for block in pages::blocks(&page) {
-            shown.extend(block.comment_of("file").map(|path| root.join(path)));
+            let Some(file) = block.include(&page) else { continue };
+            let file = root.join(path.with_file_name(file));
+            ensure!(file.exists(), "{}: {} does not exist", path.display(), file.display());
+            shown.insert(file);
         }
         for (_, mention) in pages::mentions(&page) {
             if let Mention::Link(link) = mention {
@@ -178,7 +180,7 @@ fn check_book(root: &Path) -> anyhow::Result<()> {
         ensure!(pictures.contains(&path), "no page shows {}", path.display());
     }
     for patch in answers::all(root)? {
-        ensure!(shown.contains(&patch), "no page shows {}", patch.display());
+        ensure!(shown.contains(&patch), "no page includes {}", patch.display());
     }
     Ok(())
 }
@@ -266,7 +268,7 @@ mod tests {
 
     const PAGE: &str = "# Chapter\n\n`A` `epoll_wait` [diff](diffs/v01-v02.md) ![p](s.svg) ![q](drawn.svg)\n\n\
         <!-- code: common/src/lib.rs, A -->\n```rust\n```\n\n\
-        <!-- file: docs/answers/v01-1.patch -->\n```diff\n```\n\n\
+        ```diff\n{{#include answers/v01-1.patch}}\n```\n\n\
         <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n";
 
@@ -290,7 +292,7 @@ mod tests {
         }
         write("tools/bench/figures.json", &figures::tests::json());
         write("docs/names.txt", "epoll_wait # a call\n");
-        write("docs/answers/v01-1.patch", "Check: true\n+a\n");
+        write("docs/src/answers/v01-1.patch", "Check: true\n+a\n");
         write("docs/src/v01.md", PAGE);
         let mut summary = "[Chapter](v01.md)\n".to_owned();
         for step in diffs::STEPS {
@@ -314,7 +316,7 @@ mod tests {
                 "pub struct B;",
                 "not up to date: docs/src/v01.md",
             ),
-            ("docs/src/v01.md", "+a", "+b", "not up to date: docs/src/v01.md"),
+            ("docs/src/v01.md", "v01-1.patch", "v01-2.patch", "v01-2.patch does not exist"),
             ("docs/src/v01.md", "1,234", "1,235", "not up to date: docs/src/v01.md"),
             ("docs/src/v01.md", "v01-v02.md", "v01.md", "diffs/v01.md leads to nothing"),
             ("docs/src/v01.md", "`A`", "`B`", "the name of B"),
@@ -334,7 +336,6 @@ mod tests {
                 "docs/src/diffs/v02-v03.md, docs/src/diffs/v03",
             ),
             ("tools/bench/figures.json", "1234.5", "1240.5", "not up to date: docs/src/v01.md"),
-            ("docs/answers/v01-1.patch", "+a", "+b", "not up to date: docs/src/v01.md"),
         ] {
             let text = fs::read_to_string(root.join(name)).unwrap();
             assert!(text.contains(old), "{old:?} is not in {name}");
@@ -348,8 +349,8 @@ mod tests {
         let err = docs(root, true).unwrap_err();
         assert!(err.to_string().contains("no page shows docs/src/orphan.svg"), "{err:#}");
         fs::remove_file(&orphan).unwrap();
-        fs::write(root.join("docs/answers/v01-2.patch"), "").unwrap();
+        fs::write(root.join("docs/src/answers/v01-2.patch"), "").unwrap();
         let err = docs(root, true).unwrap_err();
-        assert!(err.to_string().contains("no page shows"), "{err:#}");
+        assert!(err.to_string().contains("no page includes"), "{err:#}");
     }
 }

@@ -23,6 +23,11 @@ impl<'a> Block<'a> {
         self.comment?.strip_prefix(kind)?.strip_prefix(": ")
     }
 
+    /// The file that mdBook puts in its place, relative to the page.
+    pub fn include(&self, page: &'a str) -> Option<&'a str> {
+        page[self.range.clone()].strip_prefix("{{#include ")?.strip_suffix("}}\n")
+    }
+
     /// Where it is, for a message.
     pub fn place(&self) -> String {
         format!("the block in line {}", self.line)
