@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
+# shellcheck source=scripts/chapters.sh
+source scripts/chapters.sh
+
 readonly VERSION=0.5.2
 readonly TOOLS=${CARGO_TARGET_DIR:-target}/tools
 
@@ -30,6 +33,19 @@ edit_url() {
             printf '%s/edit/main/docs/{path}' "$origin"
             ;;
     esac
+}
+
+# What each chapter changed, for its page to include.
+write_diffs() {
+    local chapter before
+    mkdir -p docs/src/diffs
+    rm -f docs/src/diffs/*
+    for chapter in $(chapters); do
+        before=$(predecessor "$chapter")
+        if [[ -n $before ]]; then
+            scripts/diff.sh "$before" "$chapter" >"docs/src/diffs/$chapter.diff"
+        fi
+    done
 }
 
 port=3000
@@ -61,6 +77,7 @@ url=$(edit_url)
 if [[ -n $url ]]; then
     export MDBOOK_OUTPUT__HTML__EDIT_URL_TEMPLATE=$url
 fi
+write_diffs
 "$mdbook" build docs
 
 if [[ -n $port ]]; then

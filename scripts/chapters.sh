@@ -4,10 +4,10 @@
 
 # All of them in their order, one a line: v01, v02, ..., v04-client, ...
 chapters() {
-    local manifest chapter
-    for manifest in reactor-*/Cargo.toml; do
-        chapter=${manifest#reactor-}
-        printf '%s\n' "${chapter%/Cargo.toml}"
+    local folder
+    for folder in reactor-*/; do
+        folder=${folder%/}
+        printf '%s\n' "${folder#reactor-}"
     done | LC_ALL=C sort
 }
 

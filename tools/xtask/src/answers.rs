@@ -1,4 +1,4 @@
-//! The answers to the exercises: patches, each tried on a copy of the workspace.
+//! The answers to the exercises: patches, each applied to a copy of the workspace and tested there.
 //!
 //! A patch begins with a line `Check: COMMAND`, the command that the answer makes succeed.
 
@@ -9,8 +9,10 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-/// A folder with a copy of the workspace that is made anew for each answer, but where only the files
-/// that differ are written: so that little has to be built again.
+use crate::workspace::Workspace;
+
+/// A folder with a copy of the workspace. It is reset for each answer, but only the files that differ
+/// are written, so that little has to be built again.
 pub struct WorkspaceCopy {
     root: PathBuf,
     copy: PathBuf,
@@ -18,55 +20,39 @@ pub struct WorkspaceCopy {
 
 impl WorkspaceCopy {
     /// Below the folder that cargo builds in.
-    ///
-    /// # Errors
-    /// It is not known.
-    pub fn of(root: &Path) -> anyhow::Result<Self> {
+    pub fn of(workspace: &Workspace) -> anyhow::Result<Self> {
         let target = env::current_exe()?;
         let target = target.ancestors().nth(2).context("a program in a folder of cargo's")?;
-        Ok(Self { root: root.to_owned(), copy: target.join("answers") })
+        Ok(Self { root: workspace.root.clone(), copy: target.join("answers") })
     }
 
-    /// Applies the patch to the copy, and runs its check there; then, unless it has to be `quick`,
-    /// all tests of the chapter.
-    ///
-    /// # Errors
-    /// It does not apply, or what it makes does not build or fails.
+    /// Applies the patch to the copy and runs its check there; then, unless `quick`, all tests of the
+    /// chapter.
     pub fn check(&self, patch: &Path, quick: bool) -> anyhow::Result<()> {
         let text = fs::read_to_string(patch).with_context(|| patch.display().to_string())?;
-        let command = check_of(&text)?;
+        let command = text.lines().next().and_then(|line| line.strip_prefix("Check: "));
+        let command = command.context("its first line is not `Check: COMMAND`")?;
+        let package = command.split_whitespace().skip_while(|word| *word != "-p").nth(1);
+        let package = package.context("its check names no package, as `-p reactor-v01` does")?;
         self.reset()?;
-        self.run("git", &["apply", "--whitespace=error", &patch.display().to_string()])?;
-        // As strict as the course is with itself.
-        self.run("cargo", &["fmt", "--all", "--check"])?;
-        let clippy = "clippy --quiet --locked --workspace --all-targets -- -D warnings";
-        self.run("cargo", &clippy.split(' ').collect::<Vec<_>>())?;
-        let text = self.run("bash", &["-c", command])?;
-        // A filter that no test passes would succeed without a test.
+        self.run(&format!("git apply --whitespace=error '{}'", patch.display()))?;
+        // As strict as CI is with the course.
+        self.run("cargo fmt --all --check")?;
+        self.run("cargo clippy --quiet --locked --workspace --all-targets -- -D warnings")?;
+        let text = self.run(command)?;
+        // cargo succeeds without running a test if none has the name.
         let ran = text.lines().any(|line| line.starts_with("test ") && line.ends_with(" ok"));
         ensure!(ran, "no test has run:\n{text}");
-        let package = package_of(command)?;
         if !quick {
-            // And the chapter still does all that it did.
-            self.run("cargo", &["test", "--quiet", "--locked", "-p", package])?;
+            self.run(&format!("cargo test --quiet --locked -p {package}"))?;
         }
         Ok(())
     }
 
-    /// Makes the copy as the workspace is.
+    /// Makes the copy equal to the workspace.
     fn reset(&self) -> anyhow::Result<()> {
-        let listed = Command::new("git")
-            // The folder may belong to somebody else, who has cloned it.
-            .args(["-c", "safe.directory=*", "ls-files", "-z"])
-            .args(["--cached", "--others", "--exclude-standard"])
-            .current_dir(&self.root)
-            .output()?;
-        ensure!(listed.status.success(), "git: {}", String::from_utf8_lossy(&listed.stderr));
-        let listed = String::from_utf8(listed.stdout)?;
-        let mut wanted: Vec<&str> = listed.split_terminator('\0').collect();
-        // Without what is deleted, but not committed yet.
-        wanted.retain(|name| self.root.join(name).exists());
-        for name in &wanted {
+        let files = Workspace::at(&self.root)?.files;
+        for name in &files {
             let (from, to) = (self.root.join(name), self.copy.join(name));
             let text = fs::read(&from)?;
             if fs::read(&to).ok() != Some(text) {
@@ -74,88 +60,47 @@ impl WorkspaceCopy {
                 fs::copy(&from, &to)?;
             }
         }
-        self.remove_others(&self.copy, &wanted)
+        self.remove_others(&self.copy, &files)
     }
 
-    fn remove_others(&self, folder: &Path, wanted: &[&str]) -> anyhow::Result<()> {
+    fn remove_others(&self, folder: &Path, files: &[String]) -> anyhow::Result<()> {
         for entry in fs::read_dir(folder)? {
             let path = entry?.path();
             let name = path.strip_prefix(&self.copy)?.display().to_string();
             if path.is_dir() {
                 if name != "target" {
-                    self.remove_others(&path, wanted)?;
+                    self.remove_others(&path, files)?;
+                    // If it is empty now. A folder reactor-* without a manifest would not do.
+                    let _ = fs::remove_dir(&path);
                 }
-            } else if !wanted.contains(&name.as_str()) {
+            } else if !files.contains(&name) {
                 fs::remove_file(&path)?;
             }
         }
         Ok(())
     }
 
-    /// Runs a program in the copy and returns what it has printed.
-    fn run(&self, program: &str, args: &[&str]) -> anyhow::Result<String> {
-        let output = Command::new(program)
-            .args(args)
+    /// Runs a command in the copy and returns what it has printed.
+    fn run(&self, command: &str) -> anyhow::Result<String> {
+        let output = Command::new("bash")
+            .args(["-c", command])
             .current_dir(&self.copy)
-            // A repository around the copy is not the patch's.
+            // A patch is not for a repository that the copy is in.
             .env("GIT_CEILING_DIRECTORIES", self.copy.parent().context("a folder in a folder")?)
             .env("CARGO_TARGET_DIR", self.copy.join("target"))
-            .output()
-            .with_context(|| format!("cannot run {program}"))?;
+            .output()?;
         let text = [output.stdout, output.stderr].concat();
         let text = String::from_utf8_lossy(&text);
-        ensure!(output.status.success(), "{program} {}:\n{text}", args.join(" "));
+        ensure!(output.status.success(), "{command}:\n{text}");
         Ok(text.into_owned())
     }
-}
-
-/// The paths of all answers.
-///
-/// # Errors
-/// Their folder cannot be read.
-pub fn all(root: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let folder = root.join("docs/src/answers");
-    let entries = fs::read_dir(&folder).with_context(|| folder.display().to_string())?;
-    let mut patches = entries.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
-    patches.retain(|path| path.extension().is_some_and(|extension| extension == "patch"));
-    patches.sort();
-    Ok(patches)
-}
-
-fn check_of(patch: &str) -> anyhow::Result<&str> {
-    let line = patch.lines().next().and_then(|line| line.strip_prefix("Check: "));
-    line.context("its first line is not `Check: COMMAND`")
-}
-
-fn package_of(command: &str) -> anyhow::Result<&str> {
-    let mut words = command.split_whitespace().skip_while(|word| *word != "-p");
-    words.nth(1).context("its check names no package, as in `cargo test -p reactor-v01`")
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    /// A workspace of one small package, in a repository of its own.
-    fn workspace() -> (tempfile::TempDir, WorkspaceCopy) {
-        let folder = tempfile::tempdir().unwrap();
-        let root = folder.path().join("root");
-        let write = |name: &str, text: &str| {
-            let path = root.join(name);
-            fs::create_dir_all(path.parent().unwrap()).unwrap();
-            fs::write(path, text).unwrap();
-        };
-        write("Cargo.toml", "[package]\nname = \"a\"\nedition = \"2024\"\n\n[workspace]\n");
-        write("Cargo.lock", "version = 4\n\n[[package]]\nname = \"a\"\nversion = \"0.0.0\"\n");
-        let other = "\n#[test]\nfn other() {\n    assert_eq!(1, 1);\n}\n";
-        write("src/lib.rs", &format!("#[test]\nfn one() {{\n    assert_eq!(1, 1);\n}}\n{other}"));
-        write("gone.txt", "");
-        let status = Command::new("git").args(["init", "--quiet"]).current_dir(&root).status();
-        assert!(status.unwrap().success());
-        let copy = folder.path().join("copy");
-        (folder, WorkspaceCopy { root, copy })
-    }
+    use crate::workspace::tests::repository;
 
     fn patch(check: &str, line: &str) -> String {
         format!(
@@ -166,7 +111,16 @@ mod tests {
 
     #[test]
     fn an_answer_that_does_what_it_says_passes_and_others_do_not() {
-        let (folder, copy) = workspace();
+        let function = "#[test]\nfn one() {\n    assert_eq!(1, 1);\n}\n";
+        let workspace = repository(&[
+            ("Cargo.toml", "[package]\nname = \"a\"\nedition = \"2024\"\n\n[workspace]\n"),
+            ("Cargo.lock", "version = 4\n\n[[package]]\nname = \"a\"\nversion = \"0.0.0\"\n"),
+            ("src/lib.rs", &format!("{function}\n{}", function.replace("one", "other"))),
+            ("gone.txt", ""),
+        ]);
+        let folder = tempfile::tempdir().unwrap();
+        let root = workspace.path().to_owned();
+        let copy = WorkspaceCopy { root, copy: folder.path().join("copy") };
         let path = folder.path().join("answer.patch");
         let check = |text: String| {
             fs::write(&path, text).unwrap();

@@ -1,19 +1,20 @@
-//! The pages, and what the tasks have to find in them.
+//! The pages, and what the tasks look for in them.
 
 use std::ops::Range;
 
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 
 /// A fenced block of a page.
-#[derive(Debug)]
 pub struct Block<'a> {
     /// The line of its fence, from 1.
     pub line: usize,
-    /// The comment right above the fence, without its brackets: `code: FILE, ITEM` for one.
+    /// The comment right above the fence, without its brackets: `code: FILE, ITEM` for example.
     pub comment: Option<&'a str>,
     /// The language that the fence names.
     pub language: &'a str,
-    /// Where its text is in the page.
+    /// What is between the fences.
+    pub body: &'a str,
+    /// Where that is in the page.
     pub range: Range<usize>,
 }
 
@@ -23,18 +24,13 @@ impl<'a> Block<'a> {
         self.comment?.strip_prefix(kind)?.strip_prefix(": ")
     }
 
-    /// The file that mdBook puts in its place, relative to the page.
-    pub fn include(&self, page: &'a str) -> Option<&'a str> {
-        page[self.range.clone()].strip_prefix("{{#include ")?.strip_suffix("}}\n")
-    }
-
     /// Where it is, for a message.
     pub fn place(&self) -> String {
         format!("the block in line {}", self.line)
     }
 }
 
-/// The events of a page and where they are in it, by the dialect that mdBook and GitHub share.
+/// The events of a page and where they are in it, in the dialect that mdBook and GitHub share.
 pub fn events(page: &str) -> impl Iterator<Item = (Event<'_>, Range<usize>)> {
     Parser::new_ext(page, Options::ENABLE_TABLES).into_offset_iter()
 }
@@ -52,24 +48,23 @@ pub fn blocks(page: &str) -> Vec<Block<'_>> {
         let text = &page[range.clone()];
         let Some(body) = text.find('\n') else { continue };
         let end = text.trim_end().rfind('\n').unwrap_or(body);
-        let before = page[..range.start].trim_end_matches([' ', '\n']).lines().next_back();
-        // An empty line in between would make it the comment of something else.
-        let near = !page[..range.start].ends_with("\n\n");
+        // The line right above: after an empty line it would be a comment on something else.
+        let before = page[..range.start].trim_end_matches(' ').strip_suffix('\n');
         let comment = before
-            .filter(|_| near)
-            .and_then(|line| line.strip_prefix("<!-- "))
-            .and_then(|line| line.strip_suffix(" -->"));
+            .and_then(|text| text.rsplit('\n').next())
+            .and_then(|line| line.strip_prefix("<!-- ")?.strip_suffix(" -->"));
         blocks.push(Block {
             line: line_of(page, range.start),
             comment,
             language: text[..body].trim_start_matches('`').trim(),
+            body: &text[body + 1..end + 1],
             range: range.start + body + 1..range.start + end + 1,
         });
     }
     blocks
 }
 
-/// The page with new texts for some of its blocks, which are in the order of the page.
+/// The page with other texts at some places, which are in the order of the page.
 pub fn replace(page: &str, texts: &[(Range<usize>, String)]) -> String {
     let mut fresh = String::new();
     let mut end = 0;
@@ -81,20 +76,22 @@ pub fn replace(page: &str, texts: &[(Range<usize>, String)]) -> String {
     fresh + &page[end..]
 }
 
-/// A heading, a link or a bit of inline code, and the line it is in.
-#[derive(Debug, PartialEq, Eq)]
+/// Something that a page has or refers to.
+#[derive(PartialEq)]
 pub enum Mention {
-    /// The name by which a link can lead to a heading.
+    /// The anchor of a heading.
     Anchor(String),
-    /// Where a link or an image leads to.
+    /// The target of a link or an image.
     Link(String),
-    /// A bit of code in a sentence.
+    /// A file that mdBook puts in this place.
+    Include(String),
+    /// Inline code.
     Code(String),
-    /// A name right after that of a source, as in `net.rs`, `connect`.
+    /// Inline code right after the name of a source, as in `net.rs`, `connect`.
     Item(String, String),
 }
 
-/// All that a page mentions. Code within a link to elsewhere is elsewhere's.
+/// All that a page mentions, and the lines. Code in a link to another site is not the course's.
 pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
     let mut mentions = Vec::new();
     let mut heading: Option<String> = None;
@@ -133,7 +130,9 @@ pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
                     file = None;
                 }
                 heading.iter_mut().for_each(|heading| heading.push_str(&text));
-                continue;
+                let include = text.trim_end().strip_prefix("{{#include ");
+                let Some(path) = include.and_then(|text| text.strip_suffix("}}")) else { continue };
+                Mention::Include(path.to_owned())
             }
             Event::SoftBreak => continue,
             _ => {
@@ -154,55 +153,4 @@ fn slug(heading: &str) -> String {
         _ => char.is_alphanumeric().then_some(char),
     });
     kept.flat_map(char::to_lowercase).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const PAGE: &str = "# A *b* `c::d`: e\n\n<!-- code: x, y -->\n```rust\nfn y() {}\n```\n\n\
-        <!-- far -->\n\n````console\n$ ls\n```\n````\n[l](m.md#n) ![o](p.svg) `q`\n[`r`](https://s.t)\n";
-
-    #[test]
-    fn blocks_have_their_comments_and_their_texts() {
-        let blocks = blocks(PAGE);
-        let seen: Vec<_> = blocks
-            .iter()
-            .map(|block| {
-                (block.line, block.comment_of("code"), block.language, &PAGE[block.range.clone()])
-            })
-            .collect();
-        assert_eq!(
-            seen,
-            [(4, Some("x, y"), "rust", "fn y() {}\n"), (10, None, "console", "$ ls\n```\n")]
-        );
-    }
-
-    #[test]
-    fn a_block_gets_another_text_and_the_page_stays() {
-        let texts = [(blocks(PAGE)[0].range.clone(), "fn z() {}\n".to_owned())];
-        assert_eq!(replace(PAGE, &texts), PAGE.replace("fn y", "fn z"));
-    }
-
-    #[test]
-    fn an_empty_block_can_be_filled() {
-        let page = "```rust\n```\n";
-        assert_eq!(
-            replace(page, &[(blocks(page)[0].range.clone(), "a\n".to_owned())]),
-            "```rust\na\n```\n"
-        );
-    }
-
-    #[test]
-    fn mentions_are_found_with_their_lines() {
-        let expected = [
-            (1, Mention::Code("c::d".to_owned())),
-            (1, Mention::Anchor("a-b-cd-e".to_owned())),
-            (14, Mention::Link("m.md#n".to_owned())),
-            (14, Mention::Link("p.svg".to_owned())),
-            (14, Mention::Code("q".to_owned())),
-            (15, Mention::Link("https://s.t".to_owned())),
-        ];
-        assert_eq!(mentions(PAGE), expected);
-    }
 }
