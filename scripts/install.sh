@@ -16,7 +16,7 @@ done
 if ((${#missing[@]} > 0)); then
     root=()
     if ((EUID != 0)); then
-        # A script that runs by itself has nobody to ask for a password.
+        # There may be no terminal to type a password in.
         root=(sudo -n)
     fi
     printf 'installing %s\n' "${missing[*]}" >&2

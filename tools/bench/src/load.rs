@@ -1,4 +1,4 @@
-//! A closed-loop load: each connection has so many requests under way, and sends the next one when
+//! A closed-loop load: each connection has so many requests in flight, and sends the next one when
 //! a reply is there. Runs on the course's own event loop, and verifies every byte.
 
 use std::collections::{HashMap, VecDeque};
@@ -22,12 +22,12 @@ const VARIETY: usize = 8;
 /// How long it may take until each client has had a reply.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// What is under way at a time.
+/// What is in flight at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
     /// How many connections.
     pub connections: usize,
-    /// How many requests each of them has under way.
+    /// How many requests each of them has in flight.
     pub pipeline: usize,
     /// The size of a request and of its reply, in bytes, with its header if it has one.
     pub bytes: usize,
@@ -122,7 +122,7 @@ struct Conn {
     received: u64,
     /// How far it may send: `pipeline` requests beyond what has come back whole.
     allowed: u64,
-    /// When each request under way was sent.
+    /// When each request in flight was sent.
     times: VecDeque<Instant>,
 }
 

@@ -29,7 +29,7 @@ struct Args {
     /// For how long each server is loaded in a turn
     #[arg(long, default_value = "2", value_parser = parse_seconds)]
     seconds: Duration,
-    /// Connections x requests under way on each x bytes of a request, and after a + more of the
+    /// Connections x requests in flight on each x bytes of a request, and after a + more of the
     /// kind that go on beside them and are not counted
     #[arg(
         long,

@@ -42,7 +42,7 @@ pub struct Machine {
     pub processors: usize,
     /// The version of Linux.
     pub kernel: String,
-    /// TCP's congestion control, cubic as a rule. It is what limits large messages.
+    /// TCP's congestion control, typically cubic. It is what limits large messages.
     pub congestion_control: String,
     /// What `rustc --version` says.
     pub rustc: String,
@@ -55,7 +55,7 @@ pub struct Machine {
 pub struct Load {
     /// Its name.
     pub server: String,
-    /// Connections x requests under way x bytes; after a `+`, what else went on.
+    /// Connections x requests in flight x bytes; after a `+`, what else went on.
     pub scenario: String,
     /// From 0.
     pub round: usize,
@@ -108,7 +108,7 @@ pub struct Idle {
 pub struct Calls {
     /// Its name.
     pub server: String,
-    /// Connections x requests under way x bytes.
+    /// Connections x requests in flight x bytes.
     pub scenario: String,
     /// By the name of the call.
     pub per_reply: BTreeMap<String, f64>,
@@ -240,7 +240,7 @@ impl Report {
         )
     }
 
-    /// What half, 99 in 100 and 999 in 1,000 replies took at the most, in microseconds.
+    /// What half, 99 in 100 and 999 in 1,000 replies took at most, in microseconds.
     fn latency(&self) -> String {
         self.by_scenario(
             |scenario| !self.is_of_fairness(scenario),
@@ -273,7 +273,7 @@ impl Report {
         scenario.contains(BESIDE) || self.scenarios.iter().any(both)
     }
 
-    /// The p99 of those who ping, alone and beside one that sends as fast as it can; and how much
+    /// The p99 of the clients that ping, alone and beside one that sends as fast as it can; and how much
     /// that one sends.
     fn fairness(&self) -> String {
         self.by_scenario(

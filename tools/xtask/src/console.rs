@@ -96,7 +96,7 @@ impl Stage {
         let stdout = BufReader::new(child.stdout.take().context("stdout is a pipe")?);
         thread::spawn(move || {
             for line in stdout.split(b'\n').map_while(Result::ok) {
-                // Nobody reads them after the session.
+                // After the session they are not received.
                 let _ = lines.send(String::from_utf8_lossy(&line).into_owned());
             }
         });

@@ -1,5 +1,5 @@
 //! The floor: what any echo on epoll has to pay. One buffer for all, no state, blocking writes; no
-//! server that somebody could use.
+//! server that could be used.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
