@@ -22,8 +22,7 @@ pub fn check(workspace: &Workspace, sources: &Sources) -> anyhow::Result<()> {
     let diffs = diffs.map(|chapter| format!("docs/src/diffs/{chapter}.diff")).collect();
     let foreign = foreign_names(&workspace.read("docs/names.txt")?);
     let mut used = BTreeSet::new();
-    // Pages, and the files that they link to or include.
-    let mut shown: BTreeSet<(&str, String)> = BTreeSet::new();
+    let mut shown = BTreeSet::new();
     let mut faults = String::new();
     let world = World { workspace, sources, pages: &pages, diffs: &diffs, foreign: &foreign };
     for (&path, mentions) in &pages {
@@ -49,17 +48,8 @@ pub fn check(workspace: &Workspace, sources: &Sources) -> anyhow::Result<()> {
             writeln!(faults, "{path}: {err:#}")?;
         }
     }
-    let to_show = workspace.files("docs/", ".svg").chain(workspace.answers());
-    for path in to_show.chain(diffs.iter().map(String::as_str)) {
-        if !shown.iter().any(|(_, target)| target == path) {
-            writeln!(faults, "{path}: no page shows it")?;
-        }
-    }
-    const SUMMARY: &str = "docs/src/SUMMARY.md";
-    for path in workspace.files("docs/src/", ".md").filter(|path| *path != SUMMARY) {
-        if !shown.contains(&(SUMMARY, path.to_owned())) {
-            writeln!(faults, "{path}: SUMMARY.md lacks it")?;
-        }
+    for fault in world.left_over(&shown) {
+        writeln!(faults, "{fault}")?;
     }
     let unused: Vec<_> = foreign.difference(&used).map(String::as_str).collect();
     if !unused.is_empty() {
@@ -87,6 +77,18 @@ struct World<'a> {
 }
 
 impl World<'_> {
+    /// What no page shows, though one has to. `shown` are pages, and the files that they refer to.
+    fn left_over(&self, shown: &BTreeSet<(&str, String)>) -> Vec<String> {
+        const SUMMARY: &str = "docs/src/SUMMARY.md";
+        let to_show = self.workspace.files("docs/", ".svg").chain(self.workspace.answers());
+        let to_show = to_show.chain(self.diffs.iter().map(String::as_str));
+        let hidden = to_show.filter(|path| !shown.iter().any(|(_, target)| target == path));
+        let in_book = self.workspace.files("docs/src/", ".md").filter(|path| *path != SUMMARY);
+        let unlisted = in_book.filter(|path| !shown.contains(&(SUMMARY, path.to_string())));
+        let hidden = hidden.map(|path| format!("{path}: no page shows it"));
+        hidden.chain(unlisted.map(|path| format!("{path}: SUMMARY.md lacks it"))).collect()
+    }
+
     /// Returns what it shows: a page or a picture of this repository.
     fn check_link(&self, from: &str, url: &str) -> anyhow::Result<Option<String>> {
         if url.starts_with("https://") {

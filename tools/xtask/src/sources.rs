@@ -148,14 +148,6 @@ fn ident_of(item: &syn::Item) -> Option<&syn::Ident> {
     }
 }
 
-fn type_name(ty: &syn::Type) -> String {
-    match ty {
-        syn::Type::Path(path) => path_name(&path.path),
-        syn::Type::Reference(reference) => type_name(&reference.elem),
-        _ => String::new(),
-    }
-}
-
 fn path_name(path: &syn::Path) -> String {
     path.segments.last().map(|last| last.ident.to_string()).unwrap_or_default()
 }
@@ -169,7 +161,13 @@ impl<'ast> Visit<'ast> for Finder<'_> {
         }
         match item {
             syn::Item::Impl(it) => {
-                let ty = type_name(&it.self_ty);
+                let mut ty = &*it.self_ty;
+                if let syn::Type::Reference(reference) = ty {
+                    ty = &reference.elem;
+                }
+                // Tuples and the like have no name.
+                let syn::Type::Path(ty) = ty else { return };
+                let ty = path_name(&ty.path);
                 if let Some((_, path, _)) = &it.trait_ {
                     self.add(item, &format!("<{ty} as {}>", path_name(path)));
                 }
