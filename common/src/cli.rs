@@ -1,13 +1,17 @@
 //! What a program needs around its chapter: arguments and exit codes (since v01).
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::Parser;
 use nix::net::if_::if_nametoindex;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::log;
@@ -87,7 +91,7 @@ pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> Exit
 /// Parses the arguments, starts the log, runs `main` and turns its error into one line and exit
 /// code 1 (since v01).
 ///
-/// Wrong arguments end the process here, with exit code 2 and a usage line.
+/// Wrong arguments end the process here, with exit code 2 and what is wrong with them.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     let args = A::parse();
     let log = match log::start() {
@@ -106,4 +110,46 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     };
     log.finish();
     code
+}
+
+/// The value of an option that takes a time in seconds, 0 excluded, up to a day (since v04).
+///
+/// # Errors
+/// What is expected instead, in one line.
+pub fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    // A day is past any use, and far from what a timer cannot count any more.
+    seconds
+        .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(24 * 60 * 60))
+        .ok_or_else(|| "expected a number of seconds, above 0 and up to 86400".to_owned())
+}
+
+/// Standard output without std's buffer. It waits for room even in non-blocking mode, which another
+/// process that shares it may have set (since v04).
+pub struct Stdout(File);
+
+impl Stdout {
+    /// # Errors
+    /// Any fcntl(2) error, typically EMFILE.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(io::stdout().as_fd().try_clone_to_owned()?.into()))
+    }
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        loop {
+            match self.0.write(bytes) {
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => {
+                    let mut room = [PollFd::new(self.0.as_fd(), PollFlags::POLLOUT)];
+                    poll(&mut room, PollTimeout::NONE)?;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }

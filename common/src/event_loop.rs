@@ -1,9 +1,9 @@
 //! `EventLoop`: the Reactor itself (since v03).
 //!
-//! It waits in one place, epoll_wait(2), for all that can happen, and calls a function for each
-//! thing that did. Level-triggered: what a callback leaves undone is reported again.
+//! It waits in one place, epoll_wait(2), for everything that can happen, and calls a function for
+//! each event. Level-triggered: what a callback leaves undone is reported again.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::time::TimeSpec;
-use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use tracing::trace;
 
-/// How many events one epoll_wait brings at the most: 12 KiB of them.
+use crate::closing::{CloseLimits, Closing};
+
+/// The maximum number of events per epoll_wait(2), 12 KiB of them.
 const BATCH: usize = 1024;
 
-/// Called when the fd behind the [`Token`] is ready, or its timer has run out. What C passes as
+/// Called when the fd behind the [`Token`] is ready or its timer is due. What C passes as
 /// `void *args` is `S`, the one state that [`EventLoop::event_process`] lends out (since v03).
 ///
-/// An error that it returns ends the loop. What goes wrong with one connection is no such error.
-pub type IoCallback<S> = fn(&mut EventLoop<S>, &mut S, Token) -> io::Result<()>;
+/// A method of the state can be one. An error ends the loop, so handle that of one connection here.
+pub type IoCallback<S> = fn(&mut S, &mut EventLoop<S>, Token) -> anyhow::Result<()>;
 
 /// What to call for one fd (since v03).
 pub struct Callbacks<S> {
@@ -59,13 +59,13 @@ impl Interest {
 
 impl fmt::Display for Interest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Ready(self.flags()).fmt(f)
+        f.write_str(&names(self.flags()))
     }
 }
 
-/// Names one registration, and never a later one, though that may have the same fd (since v03).
+/// Names one registration, and never a later one for the same fd number (since v03).
 ///
-/// The default token names none.
+/// The default token names no registration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Token {
     /// An index into `EventLoop::slots`.
@@ -75,7 +75,7 @@ pub struct Token {
 }
 
 impl Token {
-    /// As epoll carries it for us.
+    /// The 64 bits that epoll stores with an fd and returns with its events.
     fn to_u64(self) -> u64 {
         u64::from(self.generation) << 32 | u64::from(self.slot)
     }
@@ -85,11 +85,7 @@ impl Token {
     }
 }
 
-/// The loop's own timer fd has no slot: it goes by the token that names no registration.
-const TIMER: Token = Token { slot: 0, generation: 0 };
-
-/// Names one timer, for [`EventLoop::cancel_timer`] (since v03). In the order in which they are
-/// due.
+/// Names one timer, for [`EventLoop::cancel_timer`]; ordered by when they are due (since v03).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TimerId {
     due: Instant,
@@ -98,7 +94,7 @@ pub struct TimerId {
 
 /// One entry of the table that turns epoll's 64 bits into callbacks.
 struct Slot<S> {
-    /// Goes up whenever the slot is given out, so that an old token no longer fits.
+    /// Goes up with each registration, so that an old token no longer fits.
     generation: u32,
     registration: Option<Registration<S>>,
 }
@@ -109,17 +105,17 @@ struct Registration<S> {
     callbacks: Callbacks<S>,
 }
 
-/// What epoll reports whatever the interest: both the reader and the writer will find out why.
+/// Reported whatever the interest is; a read or a write will tell what happened.
 const FAULT: EpollFlags = EpollFlags::EPOLLERR.union(EpollFlags::EPOLLHUP);
 
 impl<S> Registration<S> {
-    /// Who is to be called when the fd is ready to be read.
+    /// The callback to call if `ready` concerns reading.
     fn reader(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
         let due = self.interest.read && ready.intersects(EpollFlags::EPOLLIN | FAULT);
         self.callbacks.read.filter(|_| due)
     }
 
-    /// Who is to be called when the fd is ready to be written.
+    /// The callback to call if `ready` concerns writing.
     fn writer(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
         let due = self.interest.write && ready.intersects(EpollFlags::EPOLLOUT | FAULT);
         self.callbacks.write.filter(|_| due)
@@ -128,43 +124,43 @@ impl<S> Registration<S> {
 
 /// The Reactor: fds, what they are watched for, and what to call when it happens (since v03).
 ///
-/// The loop owns no fd but its own: callers lend theirs, and deregister before they close.
+/// Callers lend their fds, and deregister them before they close them.
 pub struct EventLoop<S> {
     epoll: Epoll,
+    events: Vec<EpollEvent>,
     slots: Vec<Slot<S>>,
     free_slots: Vec<u32>,
-    timer: TimerFd,
     timers: BTreeMap<TimerId, (Token, IoCallback<S>)>,
-    timers_set: u64,
+    next_timer: u64,
     running: bool,
+    pub(crate) closing: HashMap<Token, Closing>,
+    /// The limits for [`close_gracefully`](Self::close_gracefully).
+    pub close_limits: CloseLimits,
 }
 
 impl<S> EventLoop<S> {
     /// A loop with nothing registered.
     ///
     /// # Errors
-    /// What epoll_create1(2) and timerfd_create(2) say, EMFILE as a rule.
+    /// Any epoll_create1(2) error, typically EMFILE.
     pub fn new() -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let flags = TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC;
-        let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, flags)?;
-        epoll.add(&timer, EpollEvent::new(EpollFlags::EPOLLIN, TIMER.to_u64()))?;
         Ok(Self {
-            epoll,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            events: vec![EpollEvent::empty(); BATCH],
             slots: Vec::new(),
             free_slots: Vec::new(),
-            timer,
             timers: BTreeMap::new(),
-            timers_set: 0,
+            next_timer: 0,
             running: false,
+            closing: HashMap::new(),
+            close_limits: CloseLimits::default(),
         })
     }
 
-    /// Watches `fd` for `interest` and calls `callbacks` from now on. The token is for all that
-    /// comes later.
+    /// Registers `fd`: watches it for `interest`, and calls `callbacks` when it is ready.
     ///
     /// # Errors
-    /// What epoll_ctl(2) says: EEXIST if `fd` is registered already, EPERM for a regular file,
+    /// Any epoll_ctl(2) error: EEXIST if `fd` is registered already, EPERM for a regular file,
     /// ENOMEM or ENOSPC. Nothing is registered then.
     pub fn add_io_event<F: AsFd>(
         &mut self,
@@ -190,11 +186,10 @@ impl<S> EventLoop<S> {
         Ok(token)
     }
 
-    /// Watches `fd` for `interest` instead of what it was watched for: one system call, or none if
-    /// that is the same.
+    /// Changes what `fd` is watched for: one system call, or none if nothing changes.
     ///
     /// # Errors
-    /// NotFound unless the token is that of `fd` and still good; what epoll_ctl(2) says.
+    /// NotFound unless the token is that of `fd` and still good; any epoll_ctl(2) error.
     pub fn set_interest<F: AsFd>(
         &mut self,
         fd: F,
@@ -207,17 +202,22 @@ impl<S> EventLoop<S> {
         }
         self.epoll.modify(&fd, &mut EpollEvent::new(interest.flags(), token.to_u64()))?;
         trace!("epoll_ctl: fd {}, {old} -> {interest}", fd.as_fd().as_raw_fd());
-        if let Some(registration) = &mut self.slots[token.slot as usize].registration {
-            registration.interest = interest;
-        }
+        self.registration_of(&fd, token)?.interest = interest;
         Ok(())
     }
 
-    /// Watches `fd` no longer. To be called before it is closed: an fd that lives on in another
-    /// process, or as a duplicate, would go on to report events that nobody can stop.
+    /// Changes what is called for a registration, if the token is still good. No system call.
+    pub fn set_callbacks(&mut self, token: Token, callbacks: Callbacks<S>) {
+        if let Some(registration) = self.registration(token) {
+            registration.callbacks = callbacks;
+        }
+    }
+
+    /// Stops watching `fd`. Call it before `fd` is closed: if a duplicate is left, say in another
+    /// process, epoll would go on reporting its events, and nothing could stop that.
     ///
     /// # Errors
-    /// NotFound unless the token is that of `fd` and still good; what epoll_ctl(2) says.
+    /// NotFound unless the token is that of `fd` and still good; any epoll_ctl(2) error.
     pub fn del_io_event<F: AsFd>(&mut self, fd: F, token: Token) -> io::Result<()> {
         self.registration_of(&fd, token)?;
         self.epoll.delete(&fd)?;
@@ -232,11 +232,15 @@ impl<S> EventLoop<S> {
         self.slots.len() - self.free_slots.len()
     }
 
-    /// Calls `callback` once, `delay` from now, with `token`, whatever became of it meanwhile.
+    /// Whether any fd is watched for writing.
+    pub(crate) fn is_writing(&self) -> bool {
+        self.slots.iter().flat_map(|slot| &slot.registration).any(|it| it.interest.write)
+    }
+
+    /// Calls `callback` with `token` once, `delay` from now, even if the token is stale by then.
     ///
     /// # Errors
-    /// InvalidInput for a delay that ends after the end of time; what timerfd_settime(2) says. No
-    /// timer is set then.
+    /// InvalidInput if `delay` is more than an [`Instant`] can count. No timer is set then.
     pub fn run_after(
         &mut self,
         delay: Duration,
@@ -244,16 +248,13 @@ impl<S> EventLoop<S> {
         callback: IoCallback<S>,
     ) -> io::Result<TimerId> {
         let due = Instant::now().checked_add(delay).ok_or(io::ErrorKind::InvalidInput)?;
-        let id = TimerId { due, number: self.timers_set };
-        if self.timers.first_key_value().is_none_or(|(first, _)| id < *first) {
-            self.set_timer_fd(id)?;
-        }
-        self.timers_set += 1;
+        let id = TimerId { due, number: self.next_timer };
+        self.next_timer += 1;
         self.timers.insert(id, (token, callback));
         Ok(id)
     }
 
-    /// Forgets a timer, if it has not run out yet.
+    /// Removes a timer, if it has not run yet.
     pub fn cancel_timer(&mut self, id: TimerId) {
         self.timers.remove(&id);
     }
@@ -261,138 +262,111 @@ impl<S> EventLoop<S> {
     /// Waits for events and calls what is registered for them, until [`stop`](Self::stop).
     ///
     /// # Errors
-    /// What a callback returns, and what epoll_wait(2) says.
-    pub fn event_process(&mut self, state: &mut S) -> io::Result<()> {
-        let mut events = vec![EpollEvent::empty(); BATCH];
+    /// Any error of a callback or of epoll_wait(2).
+    pub fn event_process(&mut self, state: &mut S) -> anyhow::Result<()> {
         self.running = true;
         while self.running {
-            let n = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
-                Ok(n) => n,
-                Err(Errno::EINTR) => continue,
-                Err(errno) => return Err(errno.into()),
-            };
-            trace!("epoll_wait: {n} ready");
-            for event in &events[..n] {
-                if !self.running {
-                    break;
-                }
-                match Token::from_u64(event.data()) {
-                    TIMER => self.run_timers(state)?,
-                    token => self.dispatch(state, token, event.events())?,
-                }
-            }
+            self.poll_once(state, None)?;
         }
         Ok(())
     }
 
-    /// Makes [`event_process`](Self::event_process) return when the current callback does. What was
-    /// ready and not looked at yet will be reported again. Does nothing outside of a callback.
+    /// One turn of the loop: waits for events, at most `limit`, then calls what is registered for
+    /// them and for the timers that are due. Returns the number of events.
+    ///
+    /// # Errors
+    /// Any error of a callback or of epoll_wait(2). Events not handled yet are reported again.
+    pub fn poll_once(&mut self, state: &mut S, limit: Option<Duration>) -> anyhow::Result<usize> {
+        let timeout = self.timeout(limit);
+        self.running = true;
+        let n = match self.epoll.wait(&mut self.events, timeout) {
+            // Without the timers: a SIGSTOP may have made them late, and fds come before them.
+            Err(Errno::EINTR) => return Ok(0),
+            result => result?,
+        };
+        trace!("epoll_wait: {n} ready");
+        for i in 0..n {
+            let event = self.events[i];
+            self.dispatch(state, Token::from_u64(event.data()), event.events())?;
+            if !self.running {
+                return Ok(n);
+            }
+        }
+        self.run_timers(state)?;
+        Ok(n)
+    }
+
+    /// To be called by a callback: the turn ends when that returns, and
+    /// [`event_process`](Self::event_process) too. Events not handled yet are reported again.
     pub fn stop(&mut self) {
         self.running = false;
     }
 
     /// [`stop`](Self::stop) as a callback. It never fails.
-    pub fn stop_callback(&mut self, _: &mut S, _: Token) -> io::Result<()> {
+    pub fn stop_callback(_: &mut S, event_loop: &mut Self, _: Token) -> anyhow::Result<()> {
         trace!("stop_callback");
-        self.stop();
+        event_loop.stop();
         Ok(())
     }
 
-    fn dispatch(&mut self, state: &mut S, token: Token, ready: EpollFlags) -> io::Result<()> {
+    fn dispatch(&mut self, state: &mut S, token: Token, ready: EpollFlags) -> anyhow::Result<()> {
         // An earlier callback of this batch may have deregistered it.
         let Some(registration) = self.registration(token) else {
-            trace!("an event for a registration that is gone");
+            trace!("stale event: its registration is gone");
             return Ok(());
         };
-        trace!("fd {} is ready: {}", registration.fd, Ready(ready));
-        let Registration { callbacks, .. } = registration;
-        let (reader, writer) = (registration.reader(ready), registration.writer(ready));
-        if reader.is_none() && writer.is_none() && ready.intersects(FAULT) {
-            // These come unasked, and for ever: someone has to be told, or the loop spins.
-            let anyone = callbacks.read.or(callbacks.write);
-            return anyone.map_or(Ok(()), |callback| callback(self, state, token));
+        trace!("fd {} is ready: {}", registration.fd, names(ready));
+        let reader = registration.reader(ready);
+        if reader.or(registration.writer(ready)).is_none() && ready.intersects(FAULT) {
+            // These cannot be masked: without a callback that acts on them, the loop would spin.
+            let any = registration.callbacks.read.or(registration.callbacks.write);
+            return any.map_or(Ok(()), |callback| callback(state, self, token));
         }
         if let Some(callback) = reader {
-            callback(self, state, token)?;
+            callback(state, self, token)?;
         }
-        // The reader may have deregistered it too, or wait no longer for writing.
+        // The reader may have deregistered it, or be no longer interested in writing.
         let writer = self.registration(token).and_then(|registration| registration.writer(ready));
-        match writer {
-            Some(callback) if self.running => callback(self, state, token),
-            _ => Ok(()),
-        }
+        writer.filter(|_| self.running).map_or(Ok(()), |callback| callback(state, self, token))
     }
 
-    fn registration(&self, token: Token) -> Option<&Registration<S>> {
-        let slot = self.slots.get(token.slot as usize)?;
-        slot.registration.as_ref().filter(|_| slot.generation == token.generation)
+    fn registration(&mut self, token: Token) -> Option<&mut Registration<S>> {
+        let slot = self.slots.get_mut(token.slot as usize)?;
+        slot.registration.as_mut().filter(|_| slot.generation == token.generation)
     }
 
-    fn registration_of<F: AsFd>(&self, fd: F, token: Token) -> io::Result<&Registration<S>> {
+    fn registration_of(&mut self, fd: impl AsFd, token: Token) -> io::Result<&mut Registration<S>> {
         self.registration(token)
             .filter(|registration| registration.fd == fd.as_fd().as_raw_fd())
             .ok_or(io::ErrorKind::NotFound.into())
     }
 
-    fn run_timers(&mut self, state: &mut S) -> io::Result<()> {
-        // Reads the fd, or it would stay ready. EAGAIN: it was set again meanwhile.
-        match self.timer.wait() {
-            Ok(()) | Err(Errno::EAGAIN) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let result = self.run_due_timers(state);
-        // Also after an error, or those that are left would never run.
-        self.set_timer()?;
-        result
+    /// The time until the first timer is due, at most `limit`. Without either there is no timeout.
+    fn timeout(&self, limit: Option<Duration>) -> EpollTimeout {
+        let first = self.timers.keys().next();
+        let until = first.map(|timer| timer.due.saturating_duration_since(Instant::now()));
+        let Some(wait) = until.into_iter().chain(limit).min() else { return EpollTimeout::NONE };
+        // Rounded up to milliseconds: waking up early would make the loop spin until then.
+        let wait = wait.saturating_add(Duration::from_nanos(999_999));
+        EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
     }
 
-    fn run_due_timers(&mut self, state: &mut S) -> io::Result<()> {
+    fn run_timers(&mut self, state: &mut S) -> anyhow::Result<()> {
+        // Timers set from here on are for the next turn: fds come before them.
         let now = Instant::now();
         while let Some(timer) = self.timers.first_entry() {
             if timer.key().due > now || !self.running {
                 break;
             }
             let (token, callback) = timer.remove();
-            trace!("a timer has run out");
-            callback(self, state, token)?;
+            trace!("a timer is due");
+            callback(state, self, token)?;
         }
-        Ok(())
-    }
-
-    /// Sets the timer fd to when the first timer is due.
-    fn set_timer(&mut self) -> io::Result<()> {
-        match self.timers.first_key_value() {
-            Some((&first, _)) => self.set_timer_fd(first),
-            None => Ok(()),
-        }
-    }
-
-    fn set_timer_fd(&self, first: TimerId) -> io::Result<()> {
-        // A zero would disarm it.
-        let delay = first.due.saturating_duration_since(Instant::now());
-        let delay = TimeSpec::from_duration(delay.max(Duration::from_nanos(1)));
-        self.timer.set(Expiration::OneShot(delay), TimerSetTimeFlags::empty())?;
         Ok(())
     }
 }
 
-/// Readable names for epoll's flags.
-struct Ready(EpollFlags);
-
-impl fmt::Display for Ready {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut separator = "";
-        for (flag, name) in [
-            (EpollFlags::EPOLLIN, "IN"),
-            (EpollFlags::EPOLLOUT, "OUT"),
-            (EpollFlags::EPOLLERR, "ERR"),
-            (EpollFlags::EPOLLHUP, "HUP"),
-        ] {
-            if self.0.contains(flag) {
-                write!(f, "{separator}{name}")?;
-                separator = "|";
-            }
-        }
-        if separator.is_empty() { f.write_str("nothing") } else { Ok(()) }
-    }
+fn names(flags: EpollFlags) -> String {
+    let names: Vec<_> = flags.iter_names().map(|(name, _)| &name["EPOLL".len()..]).collect();
+    if names.is_empty() { "nothing".to_owned() } else { names.join("|") }
 }

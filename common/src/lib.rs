@@ -9,7 +9,9 @@
 //! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                         |
 //! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: between a socket and a block            |
 //! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                     |
+//! | [`closing`]     | v03   | `close_gracefully`: the one way in which a healthy connection ends  |
 //! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop               |
+//! | [`lines`]       | v04   | the lines of standard input, for a program on the event loop        |
 //! | [`message`]     | v04   | the TLV frame: header, encode, decode                               |
 
 #![warn(missing_docs)]
@@ -25,9 +27,13 @@ pub mod buf_pool;
 #[cfg(target_os = "linux")]
 pub mod cli;
 #[cfg(target_os = "linux")]
+pub mod closing;
+#[cfg(target_os = "linux")]
 pub mod event_loop;
 #[cfg(target_os = "linux")]
 pub mod io_buf;
+#[cfg(target_os = "linux")]
+pub mod lines;
 #[cfg(target_os = "linux")]
 pub mod log;
 #[cfg(target_os = "linux")]

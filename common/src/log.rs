@@ -26,7 +26,7 @@ const PIPE_BUF: usize = 4096;
 const MAX_LINES: usize = 1024;
 
 /// How long the end of the process may wait for lines to be written.
-const LAST_LINES: Duration = Duration::from_secs(1);
+const LAST_LINES: Duration = Duration::from_millis(100);
 
 /// Logs to stderr from now on, at the levels that RUST_LOG names (`trace`, or
 /// `info,reactor_v03=trace`), else at info (since v01). Call it once.
@@ -100,7 +100,7 @@ impl Log {
         }
     }
 
-    /// Waits until all lines are written, for at most 1 s. Call it before the process ends.
+    /// Waits until all lines are written, for at most 100 ms. Call it before the process ends.
     pub fn finish(&self) {
         let Self::Thread(writer) = self else { return };
         let start = Instant::now();

@@ -38,6 +38,28 @@ impl Message<'_> {
     }
 }
 
+/// One line, whatever the bytes are: `id=1 len=5 hello`. Backslashes and what is not printable are
+/// escaped.
+impl fmt::Display for Message<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "id={} len={}", self.id, self.payload.len())?;
+        if !self.payload.is_empty() {
+            f.write_str(" ")?;
+        }
+        for chunk in self.payload.utf8_chunks() {
+            // Of the printable characters `escape_debug` escapes only quotes and the backslash.
+            for part in chunk.valid().split_inclusive(['"', '\'']) {
+                let text = part.trim_end_matches(['"', '\'']);
+                write!(f, "{}{}", text.escape_debug(), &part[text.len()..])?;
+            }
+            for byte in chunk.invalid() {
+                write!(f, "\\x{byte:02x}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// The message at the start of `bytes`, or `None` if it is not complete yet (since v04).
 ///
 /// # Errors

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 ///
 /// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn
 /// (4096 by default), and nix takes no more.
-const BACKLOG: i32 = 4096;
+pub const BACKLOG: i32 = 4096;
 
 /// Keep-alive: after how many seconds without a byte from the peer the kernel sends a probe.
 const KEEP_IDLE: u32 = 60;
@@ -182,7 +182,7 @@ pub fn connect_result(stream: &TcpStream) -> io::Result<()> {
         return Err(err);
     }
     // To a port without a listener that the kernel also picks as the local port, TCP connects a
-    // socket with itself (simultaneous open): nobody else is there.
+    // socket with itself (simultaneous open): there is no server.
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(Errno::ECONNREFUSED.into());
     }
@@ -217,9 +217,9 @@ fn concerns_one_client(err: &io::Error) -> bool {
 /// Closes a blocking `stream` so that everything written to it still arrives: a lingering close of
 /// at most `limit` (since v01).
 ///
-/// close(2) on a socket with unread input sends RST instead of FIN, and at an RST the peer's kernel
-/// throws away data that its program has not read yet. So send FIN first, read and discard until
-/// the peer closes too, and only then close.
+/// close(2) on a socket with unread input sends RST instead of FIN, and an RST destroys what is on
+/// its way to the peer. So send FIN first, read and discard until the peer closes too, and only
+/// then close.
 ///
 /// # Errors
 /// Any shutdown(2) or recv(2) error, typically ENOTCONN or ECONNRESET: the peer has reset the

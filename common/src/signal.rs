@@ -17,14 +17,14 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// From now on a signal stops `event_loop` and has no other effect. Call it before there is
-    /// work to finish, and before threads are started: they inherit the mask.
+    /// From now on these signals stop `event_loop` and have no other effect. Call it before there
+    /// is work to finish, and before threads are started: they inherit the mask.
     ///
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn register<S>(event_loop: &mut EventLoop<S>) -> io::Result<Self> {
         let mut blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-        // nohup(1) ignores SIGHUP. Once blocked it would be queued all the same.
+        // Ignored under nohup(1), but signalfd(2) would report it all the same.
         if !is_ignored(Signal::SIGHUP) {
             blocked.add(Signal::SIGHUP);
         }
@@ -36,13 +36,15 @@ impl StopSignals {
     }
 
     /// Discards the signals that have come and restores the default effect of the next one: a
-    /// second Ctrl-C ends the process at once.
+    /// second Ctrl-C ends the process at once. SIGHUP stays blocked: it comes from the shell, and
+    /// again from the kernel, when a terminal is closed.
     ///
     /// # Errors
     /// Any epoll_ctl(2) or read(2) error; none is known.
-    pub fn restore_default<S>(self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
+    pub fn restore_default<S>(mut self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
         event_loop.del_io_event(&self.fd, self.token)?;
         while self.fd.read_signal()?.is_some() {}
+        self.blocked.remove(Signal::SIGHUP);
         self.blocked.thread_unblock()?;
         Ok(())
     }

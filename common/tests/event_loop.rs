@@ -4,10 +4,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use anyhow::anyhow;
 use common::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
 
 /// When a test that waits for a callback in vain is given up.
@@ -73,19 +74,19 @@ impl World {
 }
 
 /// Reads one byte.
-fn read(_: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+fn read(world: &mut World, _: &mut Loop, token: Token) -> anyhow::Result<()> {
     world.calls.push(("read", token));
-    (&world.conns[&token].ours).read_exact(&mut [0])
+    Ok((&world.conns[&token].ours).read_exact(&mut [0])?)
 }
 
 /// Has had enough after one call.
-fn write(event_loop: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+fn write(world: &mut World, event_loop: &mut Loop, token: Token) -> anyhow::Result<()> {
     world.calls.push(("write", token));
     world.set_interest(event_loop, token, Interest::NONE);
     Ok(())
 }
 
-fn timer(_: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+fn timer(world: &mut World, _: &mut Loop, token: Token) -> anyhow::Result<()> {
     world.calls.push(("timer", token));
     Ok(())
 }
@@ -95,8 +96,8 @@ fn callbacks(read: IoCallback<World>, write: IoCallback<World>) -> Callbacks<Wor
 }
 
 /// Runs until a callback stops the loop or fails.
-fn try_run<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> io::Result<()> {
-    let in_vain: IoCallback<S> = |_, _, _| Err(ErrorKind::TimedOut.into());
+fn try_run<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> anyhow::Result<()> {
+    let in_vain: IoCallback<S> = |_, _, _| Err(anyhow!("TimedOut"));
     let limit = event_loop.run_after(LIMIT, Token::default(), in_vain)?;
     let result = event_loop.event_process(state);
     event_loop.cancel_timer(limit);
@@ -108,17 +109,10 @@ fn run<S>(event_loop: &mut EventLoop<S>, state: &mut S) {
     try_run(event_loop, state).unwrap();
 }
 
-/// Runs until all that was ready has had its turn.
+/// One turn: for everything that is ready, and the timers that are due.
 #[track_caller]
-fn run_a_turn<S>(event_loop: &mut EventLoop<S>, state: &mut S) {
-    // The batch that brings the first timer is done with before the second one stops the loop.
-    let first: IoCallback<S> = |event_loop, _, token| {
-        let stop = EventLoop::stop_callback;
-        event_loop.run_after(Duration::ZERO, token, stop).map(drop)
-    };
-    let zero = Duration::ZERO;
-    event_loop.run_after(zero, Token::default(), first).unwrap();
-    run(event_loop, state);
+fn run_a_turn<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> usize {
+    event_loop.poll_once(state, Some(Duration::ZERO)).unwrap()
 }
 
 #[test]
@@ -148,9 +142,9 @@ fn one_event_for_both_calls_read_before_write() {
 #[test]
 fn what_a_callback_leaves_undone_is_reported_again() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let read_and_stop: IoCallback<World> = |event_loop, world, token| {
+    let read_and_stop: IoCallback<World> = |world, event_loop, token| {
         event_loop.stop();
-        read(event_loop, world, token)
+        read(world, event_loop, token)
     };
     let token = world.open(&mut event_loop, Interest::READ, callbacks(read_and_stop, write));
     world.peer_writes(token, b"abc");
@@ -194,12 +188,12 @@ fn a_token_does_not_go_with_another_fd() {
 #[test]
 fn a_hang_up_is_reported_even_without_interest() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let close: IoCallback<World> = |event_loop, world, token| {
+    let close: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("close", token));
         world.close(event_loop, token);
         Ok(())
     };
-    let never: IoCallback<World> = |_, _, _| Err(ErrorKind::Other.into());
+    let never: IoCallback<World> = |_, _, _| Err(anyhow!("Other"));
     let only_write = Callbacks { read: None, write: Some(close) };
     for callbacks in [callbacks(close, never), only_write] {
         let token = world.open(&mut event_loop, Interest::NONE, callbacks);
@@ -212,10 +206,10 @@ fn a_hang_up_is_reported_even_without_interest() {
 
 #[test]
 fn an_error_is_reported_even_without_interest() {
-    // The end for writing of a pipe that nobody reads has EPOLLERR, and no EPOLLHUP.
+    // The write end of a pipe without a reader has EPOLLERR, and no EPOLLHUP.
     let (reader, writer) = nix::unistd::pipe().unwrap();
     let mut event_loop = EventLoop::<Vec<Token>>::new().unwrap();
-    let called: IoCallback<Vec<Token>> = |event_loop, calls, token| {
+    let called: IoCallback<Vec<Token>> = |calls, event_loop, token| {
         calls.push(token);
         event_loop.stop();
         Ok(())
@@ -228,11 +222,11 @@ fn an_error_is_reported_even_without_interest() {
     assert_eq!(calls, [token]);
 }
 
-/// Or the loop would spin, with nobody to stop it.
+/// Or the loop would spin, and nothing would stop it.
 #[test]
 fn a_hang_up_is_reported_to_whoever_is_there() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let close: IoCallback<World> = |event_loop, world, token| {
+    let close: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("close", token));
         world.close(event_loop, token);
         event_loop.stop();
@@ -253,7 +247,7 @@ fn a_hang_up_is_reported_to_whoever_is_there() {
 #[test]
 fn one_hang_up_calls_the_writer_once() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let once: IoCallback<World> = |event_loop, world, token| {
+    let once: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("write", token));
         world.set_interest(event_loop, token, Interest::WRITE);
         event_loop.stop();
@@ -270,7 +264,7 @@ fn one_hang_up_calls_the_writer_once() {
 #[test]
 fn a_read_callback_that_stops_the_loop_is_not_followed_by_write() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let stop: IoCallback<World> = |event_loop, world, token| {
+    let stop: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("read", token));
         event_loop.stop();
         Ok(())
@@ -300,13 +294,13 @@ fn a_deregistered_fd_is_silent_until_it_is_registered_again() {
 #[test]
 fn an_event_of_a_closed_fd_is_not_taken_for_one_of_its_successor() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    // Whichever of two ready sockets comes first puts a new one, as a rule with the same fd, into
+    // The first of two ready sockets puts a new one, typically with the same fd number, into
     // the place of the other.
-    let replace_the_other: IoCallback<World> = |event_loop, world, token| {
-        read(event_loop, world, token)?;
+    let replace_the_other: IoCallback<World> = |world, event_loop, token| {
+        read(world, event_loop, token)?;
         let other = *world.conns.keys().find(|other| **other != token).unwrap();
         world.close(event_loop, other);
-        let successor: IoCallback<World> = |_, world, token| {
+        let successor: IoCallback<World> = |world, _, token| {
             world.calls.push(("successor", token));
             Ok(())
         };
@@ -327,8 +321,8 @@ fn an_event_of_a_closed_fd_is_not_taken_for_one_of_its_successor() {
 #[test]
 fn a_read_callback_that_closes_its_fd_is_the_last_one_called_for_it() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let replace_itself: IoCallback<World> = |event_loop, world, token| {
-        read(event_loop, world, token)?;
+    let replace_itself: IoCallback<World> = |world, event_loop, token| {
+        read(world, event_loop, token)?;
         world.close(event_loop, token);
         world.open(event_loop, Interest::WRITE, callbacks(read, write));
         Ok(())
@@ -344,9 +338,9 @@ fn a_read_callback_that_closes_its_fd_is_the_last_one_called_for_it() {
 #[test]
 fn a_read_callback_that_drops_the_interest_in_writing_is_not_followed_by_write() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let read_only: IoCallback<World> = |event_loop, world, token| {
+    let read_only: IoCallback<World> = |world, event_loop, token| {
         world.set_interest(event_loop, token, Interest::READ);
-        read(event_loop, world, token)
+        read(world, event_loop, token)
     };
     let token = world.open(&mut event_loop, BOTH, callbacks(read_only, write));
     world.peer_writes(token, b"x");
@@ -356,9 +350,9 @@ fn a_read_callback_that_drops_the_interest_in_writing_is_not_followed_by_write()
 
 #[test]
 fn an_error_of_any_callback_ends_the_loop_at_once() {
-    let fail: IoCallback<World> = |_, world, token| {
+    let fail: IoCallback<World> = |world, _, token| {
         world.calls.push(("fail", token));
-        Err(io::Error::other("out of luck"))
+        Err(anyhow!("out of luck"))
     };
     for interest in [Interest::READ, Interest::WRITE, BOTH] {
         let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
@@ -384,9 +378,9 @@ fn an_error_of_any_callback_ends_the_loop_at_once() {
 #[test]
 fn after_a_stop_the_rest_of_the_batch_is_reported_by_the_next_run() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let write_and_stop: IoCallback<World> = |event_loop, world, token| {
+    let write_and_stop: IoCallback<World> = |world, event_loop, token| {
         event_loop.stop();
-        write(event_loop, world, token)
+        write(world, event_loop, token)
     };
     let opened = HashSet::from([(); 3].map(|()| {
         let callbacks = callbacks(read, write_and_stop);
@@ -471,7 +465,7 @@ fn timers_run_when_they_are_due_and_at_the_same_time_as_they_were_set() {
     type State = Vec<(Token, Instant)>;
     const DELAYS: [u64; 6] = [20, 0, 10, 20, 0, 0];
     let mut event_loop = EventLoop::<State>::new().unwrap();
-    let callback: IoCallback<State> = |event_loop, calls, token| {
+    let callback: IoCallback<State> = |calls, event_loop, token| {
         calls.push((token, Instant::now()));
         if calls.len() == DELAYS.len() {
             event_loop.stop();
@@ -513,7 +507,7 @@ fn a_cancelled_timer_does_not_run() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let (zero, token) = (Duration::ZERO, Token::default());
     let before = event_loop.run_after(zero, token, timer).unwrap();
-    let cancel_the_next: IoCallback<World> = |event_loop, world, token| {
+    let cancel_the_next: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("cancel", token));
         event_loop.cancel_timer(world.timer.take().unwrap());
         Ok(())
@@ -539,13 +533,13 @@ fn a_timer_brings_its_token_whatever_became_of_that() {
 
 #[test]
 fn timers_that_set_timers_leave_the_fds_their_turn() {
-    fn again(event_loop: &mut Loop, world: &mut World, token: Token) -> io::Result<()> {
+    fn again(world: &mut World, event_loop: &mut Loop, token: Token) -> anyhow::Result<()> {
         if world.calls.len() == 100 {
-            return Err(io::Error::other("the fd was never looked at"));
+            return Err(anyhow!("the fd was never looked at"));
         }
         world.peer_writes(token, b"x");
         event_loop.run_after(Duration::ZERO, token, again)?;
-        timer(event_loop, world, token)
+        timer(world, event_loop, token)
     }
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let stop = EventLoop::stop_callback;
@@ -558,9 +552,9 @@ fn timers_that_set_timers_leave_the_fds_their_turn() {
 #[test]
 fn a_stop_leaves_the_timers_that_are_due_for_the_next_run() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let timer_and_stop: IoCallback<World> = |event_loop, world, token| {
+    let timer_and_stop: IoCallback<World> = |world, event_loop, token| {
         event_loop.stop();
-        timer(event_loop, world, token)
+        timer(world, event_loop, token)
     };
     let token = Token::default();
     for _ in 0..3 {
@@ -578,10 +572,10 @@ fn a_stop_leaves_the_timers_that_are_due_for_the_next_run() {
 #[test]
 fn an_error_of_one_timer_leaves_the_others_to_run() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    let fails: IoCallback<World> = |_, _, _| Err(ErrorKind::Other.into());
+    let fails: IoCallback<World> = |_, _, _| Err(anyhow!("Other"));
     event_loop.run_after(Duration::ZERO, Token::default(), fails).unwrap();
     event_loop.run_after(Duration::ZERO, Token::default(), EventLoop::stop_callback).unwrap();
-    assert_eq!(event_loop.event_process(&mut world).unwrap_err().kind(), ErrorKind::Other);
+    assert_eq!(event_loop.event_process(&mut world).unwrap_err().to_string(), "Other");
     // Nothing else is set that could end this.
     event_loop.event_process(&mut world).unwrap();
 }

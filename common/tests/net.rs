@@ -9,6 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
+use anyhow::anyhow;
 use common::event_loop::{Callbacks, EventLoop, Interest};
 use common::net::{Accepted, Listener, close_gracefully, connect, connect_result, raise_fd_limit};
 use nix::sys::socket::{
@@ -100,7 +101,7 @@ fn accept_takes_the_pending_clients_and_would_then_block() {
 fn the_queue_takes_a_thousand_clients_in_one_burst() {
     let (_listener, addr) = listener();
     raise_fd_limit();
-    // Nobody accepts them. Once the queue is full, connecting takes for ever.
+    // None is accepted. Once the backlog is full, connecting takes for ever.
     let clients: Vec<_> = (0..1000)
         .map_while(|_| TcpStream::connect_timeout(&addr, Duration::from_secs(5)).ok())
         .collect();
@@ -138,7 +139,7 @@ fn connect_in_loop(addr: SocketAddr) -> (TcpStream, io::Result<()>) {
     let callbacks = Callbacks { read: None, write: Some(EventLoop::stop_callback) };
     let registered = event_loop.add_io_event(&stream, Interest::WRITE, callbacks);
     let token = registered.unwrap();
-    let in_vain = |_: &mut _, _: &mut _, _| Err(ErrorKind::TimedOut.into());
+    let in_vain = |_: &mut _, _: &mut _, _| Err(anyhow!("waited in vain"));
     event_loop.run_after(LIMIT, token, in_vain).unwrap();
     event_loop.event_process(&mut ()).unwrap();
     let outcome = connect_result(&stream);
@@ -158,7 +159,7 @@ fn a_connection_is_there_when_its_socket_becomes_writable() {
 
 #[test]
 fn a_refused_connection_becomes_writable_and_says_why() {
-    // Bound but not listening, so that nobody else is given the port.
+    // Bound but not listening, so that the port is given to no other socket.
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
     bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
     let bound = TcpListener::from(socket);

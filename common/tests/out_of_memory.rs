@@ -29,7 +29,7 @@ fn a_block_that_memory_is_too_short_for_is_an_error_and_free_blocks_give_way() {
     assert_eq!(err.to_string(), "the system has no memory for a buffer of 1048576 bytes");
     assert_eq!(pool.stats().in_use, blocks.len() << 20);
     let grown = resident_kib() - before;
-    assert!(grown < 256 << 10, "blocks that nobody has written to take {grown} KiB");
+    assert!(grown < 256 << 10, "blocks that have not been written to take {grown} KiB");
     drop(blocks);
     assert_eq!(pool.alloc(MAX_BLOCK).unwrap().capacity(), MAX_BLOCK);
     assert_eq!(pool.stats().free, MAX_BLOCK);

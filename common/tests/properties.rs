@@ -320,7 +320,7 @@ enum LoopOp {
     Delete(usize),
     PeerSends(usize),
     PeerCloses(usize),
-    /// Deletes one, closes its socket and adds another, which has the same fd as a rule.
+    /// Deletes one, closes its socket and adds another, which typically has the same fd number.
     Replace(usize, Interest),
     /// Uses a token whose registration is gone.
     Stale(usize),
@@ -352,7 +352,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Which callbacks the loop owes it.
+    /// Which callbacks are due.
     fn due(&self) -> (bool, bool) {
         let hung_up = self.peer.is_none();
         let read = self.interest.read && (self.readable || hung_up)
@@ -367,11 +367,11 @@ type Calls = Vec<(Token, bool)>;
 fn add(event_loop: &mut EventLoop<Calls>, interest: Interest) -> Entry {
     let (socket, peer) = pair();
     let callbacks = Callbacks {
-        read: Some(|_: &mut EventLoop<Calls>, calls: &mut Calls, token| {
+        read: Some(|calls: &mut Calls, _: &mut EventLoop<Calls>, token| {
             calls.push((token, false));
             Ok(())
         }),
-        write: Some(|_: &mut EventLoop<Calls>, calls: &mut Calls, token| {
+        write: Some(|calls: &mut Calls, _: &mut EventLoop<Calls>, token| {
             calls.push((token, true));
             Ok(())
         }),
@@ -383,12 +383,7 @@ fn add(event_loop: &mut EventLoop<Calls>, interest: Interest) -> Entry {
 /// Runs the loop until everything that is ready now has been reported at least once.
 fn run(event_loop: &mut EventLoop<Calls>) -> Calls {
     let mut calls = Calls::new();
-    // When the second timer runs out, the batch in which the first one did is over.
-    let second = |event_loop: &mut EventLoop<Calls>, _: &mut Calls, token| {
-        event_loop.run_after(Duration::ZERO, token, EventLoop::stop_callback).map(drop)
-    };
-    event_loop.run_after(Duration::ZERO, Token::default(), second).unwrap();
-    event_loop.event_process(&mut calls).unwrap();
+    event_loop.poll_once(&mut calls, Some(Duration::ZERO)).unwrap();
     calls
 }
 
@@ -417,11 +412,11 @@ proptest! {
                     }
                 }
                 LoopOp::PeerSends(which) => {
-                    if let Some(entry) = live.get_mut(which % n) {
-                        if let Some(peer) = &mut entry.peer {
-                            peer.write_all(b"x").unwrap();
-                            entry.readable = true;
-                        }
+                    if let Some(entry) = live.get_mut(which % n)
+                        && let Some(peer) = &mut entry.peer
+                    {
+                        peer.write_all(b"x").unwrap();
+                        entry.readable = true;
                     }
                 }
                 LoopOp::PeerCloses(which) => {
@@ -472,10 +467,10 @@ struct Batch {
 fn add_to_batch(event_loop: &mut EventLoop<Batch>, interest: Interest) -> Entry {
     let (socket, peer) = pair();
     let callbacks = Callbacks {
-        read: Some(|event_loop: &mut EventLoop<Batch>, batch: &mut Batch, token| {
+        read: Some(|batch: &mut Batch, event_loop: &mut EventLoop<Batch>, token| {
             batch.called(event_loop, token, false)
         }),
-        write: Some(|event_loop: &mut EventLoop<Batch>, batch: &mut Batch, token| {
+        write: Some(|batch: &mut Batch, event_loop: &mut EventLoop<Batch>, token| {
             batch.called(event_loop, token, true)
         }),
     };
@@ -490,7 +485,7 @@ impl Batch {
         event_loop: &mut EventLoop<Self>,
         token: Token,
         write: bool,
-    ) -> io::Result<()> {
+    ) -> anyhow::Result<()> {
         let due = self.live.iter().find(|entry| entry.token == token).map(Entry::due);
         if !due.is_some_and(|(to_read, to_write)| if write { to_write } else { to_read }) {
             self.wrong.push((token, write));
@@ -539,11 +534,7 @@ proptest! {
             entry.peer.take_if(|_| closes);
             batch.live.push(entry);
         }
-        let second = |event_loop: &mut EventLoop<Batch>, _: &mut Batch, token| {
-            event_loop.run_after(Duration::ZERO, token, EventLoop::stop_callback).map(drop)
-        };
-        event_loop.run_after(Duration::ZERO, Token::default(), second).unwrap();
-        event_loop.event_process(&mut batch).unwrap();
+        event_loop.poll_once(&mut batch, Some(Duration::ZERO)).unwrap();
         prop_assert_eq!(batch.wrong, []);
         prop_assert_eq!(event_loop.registered(), batch.live.len());
     }

@@ -1,10 +1,10 @@
-//! The server of chapter 1.
+//! The server.
 
 use std::io::{self, Write};
 use std::net::TcpStream;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use common::cli::Addr;
 use common::net::{self, Listener};
 use tracing::{debug, info, trace};
@@ -21,7 +21,7 @@ pub struct TcpServer {
 }
 
 impl TcpServer {
-    pub fn new(addr: &Addr) -> anyhow::Result<Self> {
+    pub fn new(addr: &Addr) -> Result<Self> {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         Ok(Self { listener })

@@ -1,16 +1,16 @@
-//! The server of chapter 2.
+//! The server.
 
 use std::io;
 use std::net::TcpStream;
 
-use anyhow::Context;
+use anyhow::{Context, Result};
 use common::buf_pool::BufPool;
 use common::cli::Addr;
 use common::net::Listener;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use tracing::{debug, info};
 
-/// The most that all buffers together may take, in bytes. A connection that needs one more is ended.
+/// The most that all buffers together may take, in bytes. A connection beyond that is dropped.
 const POOL_CAP: usize = 1 << 30;
 
 /// One listening socket, one thread, one client at a time.
@@ -20,10 +20,11 @@ pub struct TcpServer {
 }
 
 impl TcpServer {
-    pub fn new(addr: &Addr) -> anyhow::Result<Self> {
+    pub fn new(addr: &Addr) -> Result<Self> {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
-        Ok(Self { listener, pool: BufPool::new(POOL_CAP) })
+        let pool = BufPool::new(POOL_CAP);
+        Ok(Self { listener, pool })
     }
 
     /// Serves one client after the other, for ever.

@@ -1,5 +1,6 @@
 //! Chapter 3: the event loop, and an echo by callbacks. All clients at once, on one thread.
 
+mod tcp_conn;
 mod tcp_server;
 
 use std::process::ExitCode;

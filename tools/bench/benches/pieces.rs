@@ -4,7 +4,6 @@
 #![allow(clippy::unwrap_used)]
 
 use std::hint::black_box;
-use std::io;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
@@ -108,7 +107,7 @@ fn dispatch(c: &mut Criterion) {
     }
 }
 
-fn count_down(event_loop: &mut EventLoop<u64>, left: &mut u64, _: Token) -> io::Result<()> {
+fn count_down(left: &mut u64, event_loop: &mut EventLoop<u64>, _: Token) -> anyhow::Result<()> {
     *left -= 1;
     if *left == 0 {
         event_loop.stop();

@@ -3,7 +3,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::mem;
 use std::net::{SocketAddr, TcpStream};
 use std::str::FromStr;
@@ -106,7 +106,6 @@ struct Load {
     /// How many connections have not had a reply yet.
     silent: usize,
     scratch: Vec<u8>,
-    failure: Option<anyhow::Error>,
 }
 
 struct Conn {
@@ -143,7 +142,6 @@ pub fn run(
         figures: Vec::new(),
         silent: 0,
         scratch: vec![0; 256 * 1024],
-        failure: None,
     };
     for (number, cell) in scenario.0.iter().enumerate() {
         let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
@@ -182,7 +180,8 @@ impl Load {
         let stream = TcpStream::connect(addr).context("cannot connect to the server")?;
         stream.set_nonblocking(true)?;
         stream.set_nodelay(true)?;
-        let callbacks = Callbacks { read: Some(read_callback), write: Some(write_callback) };
+        let callbacks =
+            Callbacks { read: Some(Self::read_callback), write: Some(Self::write_callback) };
         let interest = Interest { read: true, write: true };
         let token = event_loop.add_io_event(&stream, interest, callbacks)?;
         let Cell { pipeline, bytes, .. } = self.cells[cell];
@@ -208,12 +207,37 @@ impl Load {
         let timer = event_loop.run_after(duration, Token::default(), EventLoop::stop_callback)?;
         event_loop.event_process(self)?;
         event_loop.cancel_timer(timer);
-        self.failure.take().map_or(Ok(()), Err)
+        Ok(())
     }
 
-    fn fail(&mut self, event_loop: &mut EventLoop<Self>, err: anyhow::Error) {
-        self.failure.get_or_insert(err);
-        event_loop.stop();
+    fn read_callback(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        token: Token,
+    ) -> anyhow::Result<()> {
+        let Some(conn) = self.conns.get_mut(&token) else { return Ok(()) };
+        let had_none = conn.received < conn.bytes as u64;
+        let figures = &mut self.figures[conn.cell];
+        conn.receive(&mut self.scratch, |nanos| {
+            figures.replies += 1;
+            figures.latency.saturating_record(nanos);
+        })?;
+        if had_none && conn.received >= conn.bytes as u64 {
+            self.silent -= 1;
+            if self.silent == 0 {
+                event_loop.stop();
+            }
+        }
+        conn.send(event_loop, token)
+    }
+
+    fn write_callback(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        token: Token,
+    ) -> anyhow::Result<()> {
+        let Some(conn) = self.conns.get_mut(&token) else { return Ok(()) };
+        conn.send(event_loop, token)
     }
 }
 
@@ -227,44 +251,6 @@ fn requests(bytes: usize, number: usize) -> anyhow::Result<Vec<u8>> {
         requests.extend((0..length).map(|i| (i ^ number ^ (n << 5)) as u8));
     }
     Ok(requests)
-}
-
-fn read_callback(
-    event_loop: &mut EventLoop<Load>,
-    load: &mut Load,
-    token: Token,
-) -> io::Result<()> {
-    let Load { conns, scratch, figures, silent, .. } = load;
-    let Some(conn) = conns.get_mut(&token) else { return Ok(()) };
-    let had_none = conn.received < conn.bytes as u64;
-    let figures = &mut figures[conn.cell];
-    let result = conn.receive(scratch, |nanos| {
-        figures.replies += 1;
-        figures.latency.saturating_record(nanos);
-    });
-    if had_none && conn.received >= conn.bytes as u64 {
-        *silent -= 1;
-        if *silent == 0 {
-            event_loop.stop();
-        }
-    }
-    let result = result.and_then(|()| conn.send(event_loop, token));
-    if let Err(err) = result {
-        load.fail(event_loop, err);
-    }
-    Ok(())
-}
-
-fn write_callback(
-    event_loop: &mut EventLoop<Load>,
-    load: &mut Load,
-    token: Token,
-) -> io::Result<()> {
-    let Some(conn) = load.conns.get_mut(&token) else { return Ok(()) };
-    if let Err(err) = conn.send(event_loop, token) {
-        load.fail(event_loop, err);
-    }
-    Ok(())
 }
 
 impl Conn {

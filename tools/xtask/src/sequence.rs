@@ -1,4 +1,4 @@
-//! A server's trace as a sequence diagram: who calls whom, in the order in which it happened.
+//! A server's trace as a sequence diagram: what calls what, in the order in which it happened.
 //!
 //! The trace is a console block of the page, under a comment `sequence: FILE`.
 

@@ -35,10 +35,10 @@ fn main() -> anyhow::Result<()> {
                 continue;
             }
             let Some(conn) = conns.get_mut(&event.token()) else { continue };
-            if !conn.serve(&mut buf, event.is_read_closed()) {
-                if let Some(mut conn) = conns.remove(&event.token()) {
-                    poll.registry().deregister(&mut conn.stream)?;
-                }
+            if !conn.serve(&mut buf, event.is_read_closed())
+                && let Some(mut conn) = conns.remove(&event.token())
+            {
+                poll.registry().deregister(&mut conn.stream)?;
             }
         }
     }
