@@ -87,8 +87,8 @@ show() {
             FNR == 1 { new = 0 }
             /^\/\/!/ && index($0, tag) { new = 1 }
             /\/\/\// && index($0, tag) && !new { found = 1 }
-            found && /^ *pub / {
-                sub(/^ */, ""); sub(/ *[({;=].*/, "")
+            found && !/^ *(\/\/\/|#\[)/ {
+                sub(/^ */, ""); sub(/ *[({;=,].*/, "")
                 print "new in " FILENAME ": " $0
                 found = 0
             }

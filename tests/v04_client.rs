@@ -37,23 +37,26 @@ fn lines_taken(client: &mut Command) -> usize {
     let mut stdin = child.stdin.take().unwrap();
     nix::fcntl::fcntl(&stdin, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
     let line = [&[b'x'; 999][..], b"\n"].concat();
-    let (mut taken, mut quiet) = (0, 0);
-    while quiet < 3 {
+    let (mut taken, mut last_progress) = (0, Instant::now());
+    while last_progress.elapsed() < 3 * harness::QUIET && taken < 64 << 20 {
         match stdin.write(&line) {
-            Ok(n) => (taken, quiet) = (taken + n, 0),
+            Ok(n) => (taken, last_progress) = (taken + n, Instant::now()),
             Err(err) => {
                 assert_eq!(err.kind(), std::io::ErrorKind::WouldBlock);
-                thread::sleep(harness::QUIET);
-                quiet += 1;
+                thread::sleep(Duration::from_millis(1));
             }
-        }
-        if taken > 64 << 20 {
-            break;
         }
     }
     child.kill().unwrap();
     child.wait().unwrap();
     taken
+}
+
+/// Whether it has not used the processor for a while.
+fn is_asleep(process: &Process) -> bool {
+    let before = process.cpu();
+    thread::sleep(harness::QUIET);
+    process.cpu() == before
 }
 
 /// Sends everything back until the client closes.
@@ -243,6 +246,20 @@ fn reads_no_more_lines_than_it_may_send() {
     assert!(taken <= 64 << 10, "{taken} bytes");
 }
 
+/// A server that reads nothing and sends empty frames all the while: they are replies to everything
+/// that the client has sent, and yet nothing of it has gone out.
+#[test]
+fn reads_no_more_lines_than_it_can_send_whatever_the_server_replies() {
+    let (addr, _server) = serve(vec![|mut stream: TcpStream| {
+        while stream.write_all(&frame(1, b"").repeat(100)).is_ok() {
+            // Not so many that the client does nothing but print them.
+            thread::sleep(Duration::from_millis(1));
+        }
+    }]);
+    let taken = lines_taken(client(addr, &["--timeout", "60"]).stdout(Stdio::null()));
+    assert!(taken < 16 << 20, "{taken} bytes");
+}
+
 /// Small segments make the client's socket take little at a time, and no reply comes before
 /// everything has been sent.
 #[test]
@@ -343,7 +360,7 @@ fn an_absent_server_is_one_clear_line() {
     );
 }
 
-/// `localhost` may be ::1 first, where nobody listens.
+/// `localhost` may be ::1 first, where nothing listens.
 #[test]
 fn every_address_of_a_name_is_tried() {
     let (addr, _server) = serve(vec![echo]);
@@ -409,7 +426,7 @@ fn a_server_that_falls_silent_after_a_late_reply_is_given_up() {
 
 #[test]
 fn a_server_that_does_not_accept_is_given_up() {
-    // A queue of one, and somebody in it already: the kernel ignores who else comes.
+    // A backlog of one, which is taken: the kernel ignores the next client.
     let listener = nix_listener();
     let addr = listener.local_addr().unwrap();
     let _queue: Vec<_> = (0..2).map(|_| TcpStream::connect(addr).unwrap()).collect();
@@ -439,7 +456,7 @@ fn a_bad_frame_is_one_clear_line_after_the_replies_before_it() {
     }
 }
 
-/// Owed a reply, and stuck because the server does not read.
+/// A reply is outstanding, and the server does not read.
 #[test]
 fn it_sleeps_while_it_waits() {
     let (addr, _server) = serve(vec![|mut stream: TcpStream| {
@@ -448,11 +465,7 @@ fn it_sleeps_while_it_waits() {
     }]);
     let stdin = pipe_with(b"a message\n".repeat(1 << 20));
     let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::null()));
-    harness::wait_until("it has sent what it may", || {
-        let before = process.cpu();
-        thread::sleep(harness::QUIET);
-        process.cpu() == before
-    });
+    harness::wait_until("it has sent what it may", || is_asleep(&process));
     assert!(process.is_running());
 }
 
@@ -469,6 +482,21 @@ fn a_standard_output_that_takes_nothing_is_one_clear_line() {
     let mut process = Process::start(client(addr, &["x"]).stdin(Stdio::null()).stdout(writer));
     assert_eq!(process.wait().code(), Some(1));
     process.wait_for_log("error: cannot write to standard output: Broken pipe");
+}
+
+/// Another process has made the pipe non-blocking, and reads late.
+#[test]
+fn a_full_standard_output_is_waited_for_in_non_blocking_mode_too() {
+    let (addr, _server) = serve(vec![echo]);
+    let (mut reader, writer) = pipe();
+    nix::fcntl::fcntl(&writer, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
+    let stdin = pipe_with(b"a line\n".repeat(100_000));
+    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(writer));
+    harness::wait_until("it waits", || process.cpu() > Duration::ZERO && is_asleep(&process));
+    let mut replies = Vec::new();
+    reader.read_to_end(&mut replies).unwrap();
+    assert!(replies == b"id=1 len=6 a line\n".repeat(100_000));
+    assert_eq!(process.wait().code(), Some(0));
 }
 
 #[test]
@@ -525,9 +553,9 @@ fn a_terminal_is_greeted_and_then_asked_for_lines() {
     server.join().unwrap();
 }
 
-/// Waiting for somebody who types is no silence of the server.
+/// While the client waits for its user to type, the server has nothing to say.
 #[test]
-fn the_time_out_counts_only_while_a_reply_is_owed() {
+fn the_time_out_counts_only_while_a_reply_is_outstanding() {
     let (addr, _server) = serve(vec![echo]);
     let (stdin, mut keyboard) = pipe();
     let mut command = client(addr, &["--timeout", "0.1"]);
@@ -543,7 +571,7 @@ fn the_time_out_counts_only_while_a_reply_is_owed() {
     assert_eq!(process.wait().code(), Some(0));
 }
 
-/// The server's replies stay in the socket while nobody reads standard output: that is no silence.
+/// The server's replies stay in the socket while standard output is not read: it has sent them.
 #[test]
 fn the_time_out_does_not_count_while_standard_output_is_stuck() {
     let (addr, _server) = serve(vec![echo]);

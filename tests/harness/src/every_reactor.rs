@@ -14,8 +14,8 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::{
-    QUIET, Server, assert_echo, narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end,
-    reset, wait_until, write,
+    LIMIT, QUIET, Server, assert_echo, narrow, pattern, raise_fd_limit, read, read_slowly,
+    read_to_end, reset, wait_until, wait_until_closing, write,
 };
 
 /// A chapter, as these tests see it.
@@ -71,6 +71,10 @@ macro_rules! every_reactor {
             delivers_what_is_pending_before_it_stops,
             a_client_that_has_everything_and_stays_is_not_cut_off,
             a_client_that_never_reads_does_not_keep_it_from_stopping,
+            replies_survive_a_message_sent_after_the_stop,
+            a_client_that_reads_late_gets_all_that_came_before_the_stop,
+            serves_the_backlog_before_it_stops,
+            clients_that_send_all_the_while_are_not_reset_by_the_stop,
         ]);
     };
 }
@@ -325,7 +329,7 @@ pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) 
                 received.fetch_add(n, Ordering::Relaxed);
             }
         });
-        wait_until("it is under way", || received.load(Ordering::Relaxed) > 4 << 20);
+        wait_until("it has begun", || received.load(Ordering::Relaxed) > 4 << 20);
         let other = server.connect();
         chapter.assert_served_within_the_second(&other);
         done.store(true, Ordering::Relaxed);
@@ -427,7 +431,7 @@ fn assert_costs_no_memory(server: &Server, clients: impl Fn(usize), count: usize
     assert!(grown < count as u64, "by {grown} KiB");
 }
 
-/// Urgent data (MSG_OOB) is not part of the stream, and nobody has asked for it.
+/// Urgent data (MSG_OOB) is not part of the stream, and no server here asks for it.
 pub fn urgent_data_does_no_harm(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
@@ -485,7 +489,7 @@ pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
     }
 }
 
-/// More clients than fds: those who are in are served, the others wait until somebody leaves. One
+/// More clients than fds: those that are connected are served, the others wait until one leaves. One
 /// line in the log, and no spinning. (The C++ course's servers spin or exit.)
 pub fn serves_whom_it_has_when_it_is_out_of_fds(chapter: Chapter) {
     let server = Server::start_under(chapter.exe, "-n 64");
@@ -526,16 +530,18 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     );
 }
 
-/// It does not wait for a client that nothing is under way for.
+/// A client that looks idle may be sending this very moment: it is told (FIN), and has to close.
 pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let mut server = chapter.start_talkative();
         let idle = server.connect();
         chapter.ping(&idle, b"hello");
         server.signal(signal);
-        assert_stopped_with_nothing_in_use(&mut server);
-        server.wait_for_log(&format!("{}: closed", idle.local_addr().unwrap()));
         assert_eq!(read_to_end(&idle), b"");
+        let peer = idle.local_addr().unwrap();
+        drop(idle);
+        assert_stopped_with_nothing_in_use(&mut server);
+        server.wait_for_log(&format!("{peer}: closed"));
     }
 }
 
@@ -612,5 +618,100 @@ pub fn a_client_that_never_reads_does_not_keep_it_from_stopping(chapter: Chapter
     server.signal(Signal::SIGTERM);
     assert_eq!(server.wait().code(), Some(0));
     assert!(start.elapsed() < Duration::from_secs(10));
-    server.wait_for_log("stopped; cut off: 1");
+    server.wait_for_log("stopped; cut off: ");
+}
+
+/// The replies are in the kernel's queue, and the client looks idle. Closed without waiting for it, it
+/// would lose them to the reset that its next message gets.
+pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
+    let messages = chapter.messages(100_000, 1);
+    // This machine may have so much to do that the client is not in time: that proves nothing.
+    let start = Instant::now();
+    while start.elapsed() < LIMIT {
+        let mut server = chapter.start();
+        let client = server.connect();
+        narrow(&client);
+        write(&client, &messages);
+        wait_until_idle(&server);
+        server.signal(Signal::SIGTERM);
+        wait_until_closing(&client);
+        let mut received = vec![0; messages.len()];
+        let _ = (&client).write_all(&(chapter.message)(b"one more"));
+        let result = (&client).read_exact(&mut received);
+        if server.is_running() {
+            assert!(result.is_ok() && received == messages, "{result:?}");
+            assert_eq!(read_to_end(&client), b"");
+            drop(client);
+            assert_stopped_with_nothing_in_use(&mut server);
+            return;
+        }
+    }
+    panic!("it never waits for its client");
+}
+
+/// The server has stopped reading from a client that does not read (backpressure), and what it has
+/// sent waits in the kernel: that is not quiet, and no reason to end before the client reads on.
+pub fn a_client_that_reads_late_gets_all_that_came_before_the_stop(chapter: Chapter) {
+    let len = (chapter.message)(&[0; 1000]).len();
+    // As above.
+    let start = Instant::now();
+    while start.elapsed() < LIMIT {
+        let mut server = chapter.start();
+        let client = server.connect();
+        narrow(&client);
+        let (sent, _) = chapter.stuff(&client);
+        let sent = &sent[..sent.len() / len * len];
+        server.signal(Signal::SIGTERM);
+        thread::sleep(Duration::from_millis(100));
+        let mut received = vec![0; sent.len()];
+        let result = (&client).read_exact(&mut received);
+        if server.is_running() {
+            assert!(result.is_ok() && received == sent, "{result:?}");
+            return;
+        }
+    }
+    panic!("it never waits for its client");
+}
+
+/// Each of them has sent something, and none has been accepted when the signal comes.
+pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
+    let mut server = chapter.start();
+    let messages = chapter.messages(5000, 1);
+    server.signal(Signal::SIGSTOP);
+    let clients: Vec<TcpStream> = (0..200).map(|_| server.connect()).collect();
+    for client in &clients {
+        write(client, &messages);
+    }
+    server.signal(Signal::SIGTERM);
+    server.signal(Signal::SIGCONT);
+    for client in clients {
+        assert!(read_to_end(&client) == messages);
+    }
+    assert_stopped_with_nothing_in_use(&mut server);
+}
+
+/// What they get is the start of what they have sent, and then the end of the stream.
+pub fn clients_that_send_all_the_while_are_not_reset_by_the_stop(chapter: Chapter) {
+    for seed in 0..5 {
+        let mut server = chapter.start();
+        let bytes = chapter.messages(50_000, seed);
+        let begun = AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..8 {
+                let (client, bytes, begun) = (server.connect(), &bytes, &begun);
+                scope.spawn(move || {
+                    let writer = client.try_clone().unwrap();
+                    scope.spawn(move || while (&writer).write_all(bytes).is_ok() {});
+                    assert!(read(&client, bytes.len()) == *bytes);
+                    begun.fetch_add(1, Ordering::Relaxed);
+                    let received = read_to_end(&client);
+                    assert!(received.chunks(bytes.len()).all(|chunk| bytes.starts_with(chunk)));
+                    let _ = client.shutdown(Shutdown::Both);
+                });
+            }
+            wait_until("all are busy", || begun.load(Ordering::Relaxed) == 8);
+            server.signal(Signal::SIGTERM);
+        });
+        assert_eq!(server.wait().code(), Some(0));
+    }
 }

@@ -363,7 +363,7 @@ impl Server {
 /// A connection to `addr`. Reads and writes that take longer than [`LIMIT`] fail.
 #[track_caller]
 pub fn connect(addr: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect(addr).expect("somebody listens");
+    let stream = TcpStream::connect_timeout(&addr, LIMIT).expect("the server listens");
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.set_write_timeout(Some(LIMIT)).unwrap();
     stream
@@ -420,21 +420,30 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
     }
 }
 
-/// Waits until the peer on this machine has read all that was written to it, says /proc/net/tcp.
+/// Waits until the peer on this machine has read all that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
+    wait_until("the peer has read everything", || peer_state(stream).1.ends_with(":00000000"));
+}
+
+/// Waits until the peer on this machine has closed, or shut down for writing, its end of a connection.
+#[track_caller]
+pub fn wait_until_closing(stream: &TcpStream) {
+    // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it is gone already.
+    wait_until("the peer has closed", || ["04", "05", ""].contains(&&*peer_state(stream).0));
+}
+
+/// The state and the queues of the peer's socket as /proc/net/tcp has them, in hexadecimal.
+fn peer_state(stream: &TcpStream) -> (String, String) {
     let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
+    // A connection that has been reset has no peer any more.
+    let Ok(theirs) = stream.peer_addr().map(port) else { return Default::default() };
     let ours = port(stream.local_addr().unwrap());
-    let theirs = port(stream.peer_addr().unwrap());
-    wait_until("the peer has read everything", || {
-        let table = fs::read_to_string("/proc/net/tcp").unwrap();
-        table.lines().skip(1).any(|line| {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            fields[1].ends_with(&theirs)
-                && fields[2].ends_with(&ours)
-                && fields[4].ends_with(":00000000")
-        })
-    });
+    let table = fs::read_to_string("/proc/net/tcp").unwrap();
+    let mut sockets = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
+    sockets
+        .find(|fields| fields[1].ends_with(&theirs) && fields[2].ends_with(&ours))
+        .map_or_else(Default::default, |fields| (fields[3].to_owned(), fields[4].to_owned()))
 }
 
 /// Looks for a while and finds that nothing comes, neither bytes nor the end.

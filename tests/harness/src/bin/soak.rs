@@ -4,10 +4,10 @@
 // Whatever goes wrong here is a finding, and a panic says where.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::io::Write;
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -19,6 +19,7 @@ use harness::{
 use nix::sys::signal::Signal;
 
 /// Keeps chapters 3 and 4 under churn: clients that talk, half-close, stall, reset and send garbage.
+/// Then stops them again and again.
 #[derive(Parser)]
 struct Args {
     /// The binary of chapter 3
@@ -31,6 +32,9 @@ struct Args {
     /// How many clients at a time each of them has
     #[arg(long, default_value_t = 150)]
     clients: u64,
+    /// How often each of them is then stopped, while its clients keep sending
+    #[arg(long, default_value_t = 500)]
+    stops: usize,
     /// Makes the clients do the same again [default: the time]
     #[arg(long)]
     seed: Option<u64>,
@@ -99,7 +103,7 @@ impl Target {
         server.signal(Signal::SIGTERM);
         assert_eq!(server.wait().code(), Some(0));
         server.wait_for_log("stopped; cut off: 0; still registered: 0; buffers: 0 B in use");
-        format!("{most_fds} fds and {} KiB at the most, {idle_fds} fds at the end", early.max(late))
+        format!("at most {most_fds} fds and {} KiB, {idle_fds} fds at the end", early.max(late))
     }
 }
 
@@ -129,7 +133,64 @@ fn main() -> ExitCode {
     }
     let (v03, v04) = (v03.finish(), v04.finish());
     println!("{} s, {totals} without a difference; v03: {v03}; v04: {v04}", args.seconds);
-    ExitCode::SUCCESS
+    let lost = [(&args.v03, Protocol::Bytes), (&args.v04, Protocol::Messages)]
+        .map(|(exe, protocol)| stop_often(exe, protocol, args.stops));
+    println!(
+        "{} stops of each; clients that lost replies: v03: {}, v04: {}",
+        args.stops, lost[0], lost[1]
+    );
+    if lost == [0; 2] { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Stops a server as often as that, some at a time, and returns how many clients lost replies.
+fn stop_often(exe: &str, protocol: Protocol, stops: usize) -> usize {
+    const AT_A_TIME: usize = 8;
+    let (next, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..AT_A_TIME {
+            scope.spawn(|| {
+                while next.fetch_add(1, Ordering::Relaxed) < stops {
+                    lost.fetch_add(stop_once(exe, protocol), Ordering::Relaxed);
+                }
+            });
+        }
+    });
+    lost.into_inner()
+}
+
+/// Stops a server while four clients send, whether replies come or not. What they get has to be the
+/// start of what they have sent, up to the end of the stream; to be reset is to lose replies.
+fn stop_once(exe: &str, protocol: Protocol) -> usize {
+    let mut server = Server::start(exe);
+    let message = match protocol {
+        Protocol::Bytes => vec![b'x'; 100],
+        Protocol::Messages => frame(1, &[b'x'; 92]),
+    };
+    let begun = AtomicUsize::new(0);
+    let lost = thread::scope(|scope| {
+        let clients = [(); 4].map(|()| {
+            let (mut client, message, begun) = (connect(server.addr()), &message, &begun);
+            scope.spawn(move || {
+                let mut writer = client.try_clone().unwrap();
+                scope.spawn(move || {
+                    while writer.write_all(message).is_ok() {
+                        thread::sleep(Duration::from_millis(1));
+                    }
+                });
+                let mut received = read(&client, message.len());
+                begun.fetch_add(1, Ordering::Relaxed);
+                let result = client.read_to_end(&mut received);
+                // Ends the writer.
+                let _ = client.shutdown(Shutdown::Both);
+                result.is_err() || !received.chunks(message.len()).all(|it| message.starts_with(it))
+            })
+        });
+        wait_until("all are served", || begun.load(Ordering::Relaxed) == 4);
+        server.signal(Signal::SIGTERM);
+        clients.map(|client| usize::from(client.join().unwrap())).iter().sum()
+    });
+    assert_eq!(server.wait().code(), Some(0));
+    lost
 }
 
 /// Whether all clients got what they should, and the servers are still there.
