@@ -1,4 +1,4 @@
-//! Keeps two servers under churn for a while and verifies every byte that comes back. Usually run by
+//! Keeps servers under churn for a while and verifies every byte that comes back. Usually run by
 //! scripts/soak.sh.
 
 // Whatever goes wrong here is a finding, and a panic says where.
@@ -18,14 +18,13 @@ use harness::{
 };
 use nix::sys::signal::Signal;
 
-/// Keeps chapters 3 and 4 under churn: clients that talk, half-close, stall, reset and send garbage.
-/// Then stops them again and again.
+/// Keeps servers under churn: clients that talk, half-close, stall, reset and send garbage. Then
+/// stops them again and again.
 #[derive(Parser)]
 struct Args {
-    /// The binary of chapter 3
-    v03: String,
-    /// The binary of chapter 4
-    v04: String,
+    /// The binaries of the chapters, from chapter 3 on
+    #[arg(required = true)]
+    servers: Vec<String>,
     /// For how long
     #[arg(long, default_value_t = 120)]
     seconds: u64,
@@ -65,8 +64,15 @@ impl std::fmt::Display for Totals {
     }
 }
 
+impl Protocol {
+    fn of(exe: &str) -> Self {
+        if exe.ends_with("reactor-v03") { Self::Bytes } else { Self::Messages }
+    }
+}
+
 /// A server, looked at from outside.
 struct Target {
+    name: String,
     server: Server,
     protocol: Protocol,
     idle_fds: usize,
@@ -76,10 +82,11 @@ struct Target {
 }
 
 impl Target {
-    fn start(exe: &str, protocol: Protocol) -> Self {
+    fn start(exe: &str) -> Self {
         let server = Server::start(exe);
+        let (name, protocol) = (exe.rsplit('/').next().unwrap().to_owned(), Protocol::of(exe));
         let idle_fds = server.fds();
-        Self { server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
+        Self { name, server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
     }
 
     /// Whether it is still there.
@@ -94,7 +101,7 @@ impl Target {
 
     /// Nothing may have stayed behind, and memory must not rise for ever.
     fn finish(&mut self) -> String {
-        let Self { server, idle_fds, most_fds, memory, .. } = self;
+        let Self { name, server, idle_fds, most_fds, memory, .. } = self;
         wait_until("no fd of a client is left", || server.fds() == *idle_fds);
         let (early, late) = memory.split_at(memory.len().div_ceil(2));
         let early = early.iter().max().copied().unwrap_or(0);
@@ -103,7 +110,8 @@ impl Target {
         server.signal(Signal::SIGTERM);
         assert_eq!(server.wait().code(), Some(0));
         server.wait_for_log("stopped; cut off: 0; still registered: 0; buffers: 0 B in use");
-        format!("at most {most_fds} fds and {} KiB, {idle_fds} fds at the end", early.max(late))
+        let most = early.max(late);
+        format!("{name}: at most {most_fds} fds and {most} KiB, {idle_fds} fds at the end")
     }
 }
 
@@ -123,34 +131,37 @@ fn main() -> ExitCode {
     });
     eprintln!("seed {seed}, {} clients each, {} s", args.clients, args.seconds);
     raise_fd_limit();
-    let mut v03 = Target::start(&args.v03, Protocol::Bytes);
-    let mut v04 = Target::start(&args.v04, Protocol::Messages);
+    let mut targets: Vec<Target> = args.servers.iter().map(|exe| Target::start(exe)).collect();
     let totals = Totals::default();
-    if !churn(&args, seed, &mut [&mut v03, &mut v04], &totals) {
-        eprintln!("v03's log:\n{}v04's log:\n{}", v03.server.log(), v04.server.log());
+    if !churn(&args, seed, &mut targets, &totals) {
+        for Target { name, server, .. } in &targets {
+            eprintln!("{name}'s log:\n{}", server.log());
+        }
         eprintln!("failed with seed {seed}");
         return ExitCode::FAILURE;
     }
-    let (v03, v04) = (v03.finish(), v04.finish());
-    println!("{} s, {totals} without a difference; v03: {v03}; v04: {v04}", args.seconds);
-    let lost = [(&args.v03, Protocol::Bytes), (&args.v04, Protocol::Messages)]
-        .map(|(exe, protocol)| stop_often(exe, protocol, args.stops));
-    println!(
-        "{} stops of each; clients that lost replies: v03: {}, v04: {}",
-        args.stops, lost[0], lost[1]
-    );
-    if lost == [0; 2] { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    println!("{} s, {totals} without a difference", args.seconds);
+    for target in &mut targets {
+        println!("{}", target.finish());
+    }
+    let mut all_lost = 0;
+    for (exe, Target { name, .. }) in args.servers.iter().zip(&targets) {
+        let lost = stop_often(exe, args.stops);
+        println!("{name}: {} stops, {lost} clients lost replies", args.stops);
+        all_lost += lost;
+    }
+    if all_lost == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// Stops a server as often as that, some at a time, and returns how many clients lost replies.
-fn stop_often(exe: &str, protocol: Protocol, stops: usize) -> usize {
+fn stop_often(exe: &str, stops: usize) -> usize {
     const AT_A_TIME: usize = 8;
     let (next, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
     thread::scope(|scope| {
         for _ in 0..AT_A_TIME {
             scope.spawn(|| {
                 while next.fetch_add(1, Ordering::Relaxed) < stops {
-                    lost.fetch_add(stop_once(exe, protocol), Ordering::Relaxed);
+                    lost.fetch_add(stop_once(exe), Ordering::Relaxed);
                 }
             });
         }
@@ -160,9 +171,9 @@ fn stop_often(exe: &str, protocol: Protocol, stops: usize) -> usize {
 
 /// Stops a server while four clients send, whether replies come or not. What they get has to be the
 /// start of what they have sent, up to the end of the stream; to be reset is to lose replies.
-fn stop_once(exe: &str, protocol: Protocol) -> usize {
+fn stop_once(exe: &str) -> usize {
     let mut server = Server::start(exe);
-    let message = match protocol {
+    let message = match Protocol::of(exe) {
         Protocol::Bytes => vec![b'x'; 100],
         Protocol::Messages => frame(1, &[b'x'; 92]),
     };
@@ -194,7 +205,7 @@ fn stop_once(exe: &str, protocol: Protocol) -> usize {
 }
 
 /// Whether all clients got what they should, and the servers are still there.
-fn churn(args: &Args, seed: u64, targets: &mut [&mut Target], totals: &Totals) -> bool {
+fn churn(args: &Args, seed: u64, targets: &mut [Target], totals: &Totals) -> bool {
     let start = Instant::now();
     let end = Duration::from_secs(args.seconds);
     let addrs: Vec<_> =
