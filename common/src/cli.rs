@@ -129,6 +129,8 @@ pub fn parse_seconds(text: &str) -> Result<Duration, String> {
 pub struct Stdout(File);
 
 impl Stdout {
+    /// A duplicate of this process's standard output.
+    ///
     /// # Errors
     /// Any fcntl(2) error, typically EMFILE.
     pub fn new() -> io::Result<Self> {

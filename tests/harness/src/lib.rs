@@ -1,7 +1,8 @@
 //! Runs the binary of a chapter, talks to it over real sockets and looks at it from outside.
 //!
-//! Or another program, in any language: REACTOR_CMD is its command, for example `./mine --addr {addr}`,
-//! relative to the folder where the user is. For `{addr}` it gets a free port, or what the test asks for.
+//! Or another program, in any language: REACTOR_CMD is its command, as `./mine --addr {addr}`,
+//! relative to the folder where the user is. For `{addr}` it gets a free port, or what the test asks
+//! for.
 //!
 //! Whatever waits here waits for a condition, and panics after [`LIMIT`], at the caller's line.
 
@@ -426,7 +427,7 @@ pub fn wait_until_taken(stream: &TcpStream) {
     wait_until("the peer has read everything", || peer_state(stream).1.ends_with(":00000000"));
 }
 
-/// Waits until the peer on this machine has closed, or shut down for writing, its end of a connection.
+/// Waits until the peer on this machine has closed its end, or has shut it down for writing.
 #[track_caller]
 pub fn wait_until_closing(stream: &TcpStream) {
     // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it is gone already.
