@@ -1,10 +1,14 @@
-//! The console sessions of the pages, replayed.
+//! Replays the console sessions of the pages.
 //!
-//! A block is a session: each `$ ` starts a command, `^C` stops the server that was started last, and
-//! the other lines are what all of them print. A server takes a free port in place of the 7777 in the
-//! text. Times, ports and other numbers that change from run to run are not compared. Nor is how a
-//! server's log and the output of other programs interleave, only the order within each.
+//! A block is a session: each line `$ COMMAND` is a command, `^C` stops the server that was started last,
+//! and the other lines are what the commands print. A line `# terminal N` says in which terminal the
+//! next lines are; a session in one terminal has no such lines. A server keeps its terminal until it
+//! stops, and a command is typed into the first terminal without a server.
+//!
+//! Each server takes a free port in place of 7777. Times, ports and other numbers that change from run
+//! to run are not compared. The order of lines is compared within each terminal, not across terminals.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::env;
 use std::fmt::Write;
 use std::io::{BufRead, BufReader};
@@ -79,8 +83,8 @@ impl Stage {
         Ok(Self { root, programs, can_trace: strace.status.success() })
     }
 
-    /// Starts a command, whose lines go to `lines`.
-    fn spawn(&self, command: &str, lines: Sender<String>) -> anyhow::Result<Child> {
+    /// Starts a command, and sends each line that it prints to `lines`.
+    fn spawn(&self, command: &str, terminal: usize, lines: Sender<Line>) -> anyhow::Result<Child> {
         let mut child = Command::new("bash")
             .args(["-c", &format!("{PROLOGUE}\n{command}")])
             .current_dir(&self.root)
@@ -96,27 +100,27 @@ impl Stage {
         let stdout = BufReader::new(child.stdout.take().context("stdout is a pipe")?);
         thread::spawn(move || {
             for line in stdout.split(b'\n').map_while(Result::ok) {
-                // After the session they are not received.
-                let _ = lines.send(String::from_utf8_lossy(&line).into_owned());
+                // This fails after the session, when nothing receives the lines any more.
+                let _ = lines.send((terminal, String::from_utf8_lossy(&line).into_owned()));
             }
         });
         Ok(child)
     }
 }
 
-/// Plays all sessions of a page. Returns how many there are, and the page with the output that they
-/// have now, where that differs in more than times and ports. With `check` a difference is an error.
+/// Plays all sessions of a page. Returns how many there are, and the page with the sessions as they
+/// are now, where more than times and ports differ. With `check` a difference is an error.
 pub fn replay(page: &str, stage: &Stage, check: bool) -> anyhow::Result<(usize, String)> {
     let mut texts = Vec::new();
     let mut count = 0;
     for block in blocks(page).iter().filter(|block| can_be_played(block, stage)) {
-        let steps = parse(block.body).with_context(|| block.place())?;
-        let outputs = play(&steps, stage, check).with_context(|| block.place())?;
-        if let Err(err) = compare(&steps, &outputs) {
+        let now = parse(block.body).and_then(|steps| play(&steps, stage, check));
+        let now = now.with_context(|| block.place())?;
+        if let Err(err) = compare(block.body, &now) {
             if check {
                 return Err(err.context(block.place()));
             }
-            texts.push((block.range.clone(), render(&steps, &outputs)));
+            texts.push((block.range.clone(), now));
         }
         count += 1;
     }
@@ -134,17 +138,24 @@ fn can_be_played(block: &Block<'_>, stage: &Stage) -> bool {
     possible
 }
 
-/// One line that is typed, and the lines that follow it.
-struct Step<'a> {
+/// A terminal, from 1, and a line in it: typed or printed.
+type Line = (usize, String);
+
+/// The mark between lines of different terminals, up to the number of the terminal.
+const MARK: &str = "# terminal ";
+
+/// One line that is typed.
+struct Step {
     /// As in the text; `None` for `^C`.
     command: Option<String>,
-    output: Vec<&'a str>,
+    /// How many lines are printed after it.
+    printed: usize,
 }
 
-fn parse(text: &str) -> anyhow::Result<Vec<Step<'_>>> {
+fn parse(text: &str) -> anyhow::Result<Vec<Step>> {
     ensure!(!text.is_empty(), "an empty session");
-    let mut steps: Vec<Step<'_>> = Vec::new();
-    let mut lines = text.lines();
+    let mut steps: Vec<Step> = Vec::new();
+    let mut lines = text.lines().filter(|line| !line.starts_with(MARK));
     while let Some(line) = lines.next() {
         if let Some(command) = line.strip_prefix("$ ") {
             let mut command = command.to_owned();
@@ -152,12 +163,11 @@ fn parse(text: &str) -> anyhow::Result<Vec<Step<'_>>> {
             while command.ends_with('\\') {
                 command = command + "\n" + lines.next().context("a command without an end")?;
             }
-            steps.push(Step { command: Some(command), output: Vec::new() });
+            steps.push(Step { command: Some(command), printed: 0 });
         } else if line == "^C" {
-            steps.push(Step { command: None, output: Vec::new() });
+            steps.push(Step { command: None, printed: 0 });
         } else {
-            let step = steps.last_mut().context("it does not begin with a command")?;
-            step.output.push(line);
+            steps.last_mut().context("it does not begin with a command")?.printed += 1;
         }
     }
     Ok(steps)
@@ -167,6 +177,13 @@ fn parse(text: &str) -> anyhow::Result<Vec<Step<'_>>> {
 struct Running {
     child: Child,
     is_server: bool,
+    terminal: usize,
+}
+
+impl Running {
+    fn is_running_server(&mut self) -> bool {
+        self.is_server && matches!(self.child.try_wait(), Ok(None))
+    }
 }
 
 impl Drop for Running {
@@ -185,31 +202,37 @@ fn group(child: &Child) -> Pid {
     Pid::from_raw(child.id().try_into().unwrap_or(i32::MAX))
 }
 
-/// Plays a session and returns the lines that came after each step. Waits for as many as the text has
-/// if that is `known`, or else until there are no more.
-fn play(steps: &[Step<'_>], stage: &Stage, known: bool) -> anyhow::Result<Vec<Vec<String>>> {
+/// Plays a session and returns it with the lines that it prints now. Waits for as many lines as the text
+/// has if they are `known`, or else until no more come.
+fn play(steps: &[Step], stage: &Stage, known: bool) -> anyhow::Result<String> {
     let (sender, lines) = mpsc::channel();
     let mut running: Vec<Running> = Vec::new();
     let mut port = None;
-    let mut outputs: Vec<Vec<String>> = Vec::new();
+    let mut session: Vec<Line> = Vec::new();
     let mut expected = 0;
     for step in steps {
-        expected += step.output.len();
-        let mut output = Vec::new();
+        expected += 1 + step.printed;
         match &step.command {
             Some(text) => {
                 let (command, is_server) = prepare(text, port, &stage.programs);
                 let background = command.strip_suffix(" &");
-                let child = stage.spawn(background.unwrap_or(&command), sender.clone())?;
-                let mut started = Running { child, is_server };
+                let command = background.unwrap_or(&command);
+                let mut terminal = 1;
+                while running.iter_mut().any(|it| it.terminal == terminal && it.is_running_server())
+                {
+                    terminal += 1;
+                }
+                session.push((terminal, format!("$ {text}")));
+                let child = stage.spawn(command, terminal, sender.clone())?;
+                let mut started = Running { child, is_server, terminal };
                 let child = &mut started.child;
                 if is_server {
-                    wait_for(child, &lines, &mut output, |line| {
+                    wait_for(child, &lines, &mut session, |line| {
                         port = port_in(line).or(port);
                         line.contains("listening on ")
                     })
                 } else if background.is_none() {
-                    wait_for(child, &lines, &mut output, |_| false).and_then(|()| succeeded(child))
+                    wait_for(child, &lines, &mut session, |_| false).and_then(|()| succeeded(child))
                 } else {
                     Ok(())
                 }
@@ -217,31 +240,29 @@ fn play(steps: &[Step<'_>], stage: &Stage, known: bool) -> anyhow::Result<Vec<Ve
                 running.push(started);
             }
             None => {
-                let server = running.iter_mut().rev().find(|running| running.is_server);
+                let mut servers = running.iter_mut().rev();
+                let server = servers.find_map(|it| it.is_running_server().then_some(it));
                 let server = server.context("there is no server to stop")?;
+                session.push((server.terminal, "^C".to_owned()));
                 killpg(group(&server.child), Signal::SIGINT)?;
-                wait_for(&mut server.child, &lines, &mut output, |_| false).context("^C")?;
+                wait_for(&mut server.child, &lines, &mut session, |_| false).context("^C")?;
             }
         }
-        let before: usize = outputs.iter().map(Vec::len).sum();
         let start = Instant::now();
-        while !known || before + output.len() < expected {
+        while !known || session.len() < expected {
             let limit = if known { LIMIT.saturating_sub(start.elapsed()) } else { QUIET };
             match lines.recv_timeout(limit) {
-                Ok(line) => output.push(line),
+                Ok(line) => session.push(line),
                 Err(_) => break,
             }
         }
-        output.extend(lines.try_iter());
-        outputs.push(output);
+        session.extend(lines.try_iter());
     }
     // There may be more than is known.
-    if let Some(last) = outputs.last_mut() {
-        while let Ok(line) = lines.recv_timeout(QUIET) {
-            last.push(line);
-        }
+    while let Ok(line) = lines.recv_timeout(QUIET) {
+        session.push(line);
     }
-    Ok(outputs)
+    Ok(render(&session))
 }
 
 /// A command must not fail unnoticed. One that should can end with `; echo "exit code $?"`.
@@ -254,8 +275,8 @@ fn succeeded(child: &mut Child) -> anyhow::Result<()> {
 /// Collects lines until `is_last` says so of one, or the process has ended.
 fn wait_for(
     child: &mut Child,
-    lines: &Receiver<String>,
-    output: &mut Vec<String>,
+    lines: &Receiver<Line>,
+    session: &mut Vec<Line>,
     mut is_last: impl FnMut(&str) -> bool,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
@@ -263,8 +284,8 @@ fn wait_for(
         let ended = child.try_wait()?.is_some();
         match lines.recv_timeout(Duration::from_millis(10)) {
             Ok(line) => {
-                let last = is_last(&line);
-                output.push(line);
+                let last = is_last(&line.1);
+                session.push(line);
                 if last {
                     return Ok(());
                 }
@@ -315,40 +336,51 @@ fn prepare(text: &str, port: Option<u16>, programs: &Path) -> (String, bool) {
     (command, is_server)
 }
 
-fn render(steps: &[Step<'_>], outputs: &[Vec<String>]) -> String {
+/// The text of a session, with marks if there is more than one terminal.
+fn render(session: &[Line]) -> String {
+    let with_marks = session.iter().any(|(terminal, _)| *terminal != 1);
+    let mut last = 0;
     let mut port = None;
     let mut text = String::new();
-    for (step, output) in steps.iter().zip(outputs) {
-        text += &step.command.as_ref().map_or("^C".to_owned(), |command| format!("$ {command}"));
-        text.push('\n');
-        for line in output {
-            port = port.or(port_in(line));
-            // strace shows the port 0 that the server was given in place of 7777.
-            let mut line = line.replace("htons(0)", "htons(7777)");
-            if let Some(port) = port {
-                line = line.replace(&port.to_string(), "7777");
-            }
-            text += line.trim_end();
-            text.push('\n');
+    for (terminal, line) in session {
+        if with_marks && *terminal != last {
+            last = *terminal;
+            text += &format!("{MARK}{terminal}\n");
         }
+        port = port.or(port_in(line));
+        // strace shows the port 0 that the server was given in place of 7777.
+        let mut line = line.replace("htons(0)", "htons(7777)");
+        if let Some(port) = port {
+            line = line.replace(&port.to_string(), "7777");
+        }
+        text += line.trim_end();
+        text.push('\n');
     }
     text
 }
 
-/// The lines that a server's log or strace wrote, or all others, in the form that is compared.
-fn of_kind<'a>(is_log: bool, lines: impl Iterator<Item = &'a str>) -> String {
-    let lines = lines.map(normal).filter(|(log, _)| *log == is_log).map(|(_, line)| line);
-    lines.collect::<Vec<_>>().join("\n")
+/// The lines of each terminal, in the form that is compared.
+fn by_terminal(session: &str) -> BTreeMap<&str, String> {
+    let mut terminal = "1";
+    let mut texts: BTreeMap<&str, String> = BTreeMap::new();
+    for line in session.lines() {
+        match line.strip_prefix(MARK) {
+            Some(number) => terminal = number,
+            None => *texts.entry(terminal).or_default() += &(normal(line) + "\n"),
+        }
+    }
+    texts
 }
 
-fn compare(steps: &[Step<'_>], outputs: &[Vec<String>]) -> anyhow::Result<()> {
+fn compare(text: &str, now: &str) -> anyhow::Result<()> {
+    let (texts, now) = (by_terminal(text), by_terminal(now));
     let mut message = String::new();
-    for is_log in [true, false] {
-        let text = of_kind(is_log, steps.iter().flat_map(|step| step.output.iter().copied()));
-        let run = of_kind(is_log, outputs.iter().flatten().map(String::as_str));
-        if text != run {
-            for change in similar::TextDiff::from_lines(&text, &run).iter_all_changes() {
-                writeln!(message, "{}{}", change.tag(), change.value().trim_end_matches('\n'))?;
+    for terminal in texts.keys().chain(now.keys()).collect::<BTreeSet<_>>() {
+        let [text, now] = [&texts, &now].map(|it| it.get(terminal).map_or("", String::as_str));
+        if text != now {
+            writeln!(message, "{MARK}{terminal}")?;
+            for change in similar::TextDiff::from_lines(text, now).iter_all_changes() {
+                write!(message, "{}{}", change.tag(), change.value())?;
             }
         }
     }
@@ -364,21 +396,22 @@ static NUMBER: LazyLock<Regex> = LazyLock::new(|| {
     Regex::new(&format!("{after}|{limits}")).expect("a constant, which tests use")
 });
 
-/// A line without what changes from run to run, and whether a server's log or strace wrote it.
-fn normal(line: &str) -> (bool, String) {
-    let line = line.trim_end();
-    let (time, rest) = line.trim_start().split_once(' ').unwrap_or((line, ""));
+/// A line without what changes from run to run.
+fn normal(line: &str) -> String {
+    let line = line.trim();
+    let (time, rest) = line.split_once(' ').unwrap_or((line, ""));
     let is_time = time.strip_suffix('s').is_some_and(|seconds| seconds.parse::<f64>().is_ok());
-    // strace aligns what a call returns: `close(3)        = 0`.
-    let is_log =
-        is_time || line.split_once(" = ").is_some_and(|(call, _)| call.trim_end().ends_with(')'));
     let normal = NUMBER.replace_all(if is_time { rest } else { line }, "$1$2${3}N");
-    (is_log, normal.split_whitespace().collect::<Vec<_>>().join(" "))
+    // strace aligns what a call returns: `close(3)        = 0`.
+    normal.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn stage() -> Stage {
@@ -418,6 +451,34 @@ mod tests {
     }
 
     #[test]
+    fn a_server_keeps_its_terminal_and_each_line_is_marked_with_its_own() {
+        let server = "if [ $2 != 127.0.0.1:0 ]; then echo in use; exit; fi\necho listening on :12345\n\
+            trap 'echo stopped; exit' INT\nwhile :; do sleep 0.01; done\n";
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("reactor-v01");
+        fs::write(&path, format!("#!/bin/bash\n{server}")).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o755)).unwrap();
+        let stage = Stage { programs: folder.path().to_owned(), ..stage() };
+        let marked = "# terminal 1\n$ target/debug/reactor-v01\nlistening on :7777\n\
+            # terminal 2\n$ target/debug/reactor-v01\nin use\n$ echo a\na\n\
+            # terminal 1\n^C\nstopped\n$ echo b\nb\n";
+        let plain = marked.replace("# terminal 1\n", "").replace("# terminal 2\n", "");
+        assert_eq!(replay(&page(&plain), &stage, false).unwrap(), (1, page(marked)));
+        assert_eq!(replay(&page(marked), &stage, true).unwrap(), (1, page(marked)));
+        let wrong = marked.replace("# terminal 2\n", "");
+        assert!(replay(&page(&wrong), &stage, true).is_err());
+    }
+
+    #[test]
+    fn only_within_a_terminal_is_the_order_compared() {
+        let text = "# terminal 1\n$ a\n# terminal 2\n$ b\n# terminal 1\na1\na2\n# terminal 2\nb1\n";
+        compare(text, "# terminal 1\n$ a\na1\n# terminal 2\n$ b\nb1\n# terminal 1\na2\n").unwrap();
+        for (old, new) in [("a1\na2", "a2\na1"), ("# terminal 2\nb1", "b1"), ("b1\n", "")] {
+            compare(text, &text.replace(old, new)).unwrap_err();
+        }
+    }
+
+    #[test]
     fn illustrations_and_what_may_not_be_traced_are_not_played() {
         let untraced = Stage { can_trace: false, ..stage() };
         let page = page("$ echo 'strace -c'\nx\n");
@@ -429,8 +490,8 @@ mod tests {
 
     #[test]
     fn nothing_goes_on_after_a_session() {
-        let child = stage().spawn("sleep 60 | sleep 60", mpsc::channel().0).unwrap();
-        let running = Running { child, is_server: false };
+        let child = stage().spawn("sleep 60 | sleep 60", 1, mpsc::channel().0).unwrap();
+        let running = Running { child, is_server: false, terminal: 1 };
         let group = group(&running.child);
         assert_eq!(killpg(group, None), Ok(()));
         drop(running);
@@ -475,7 +536,6 @@ mod tests {
             ("accept4(3, {sin_port=htons(1)}) = 4", "accept4(3, {sin_port=htons(22)})   = 4"),
         ] {
             assert_eq!(normal(one), normal(other));
-            assert!(normal(one).0);
         }
         assert_ne!(normal("   0.1s  INFO a 1"), normal("   0.1s  INFO a 2"));
         assert_ne!(normal("moved 1 to 2"), normal("moved 1 to 3"));
