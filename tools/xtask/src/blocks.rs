@@ -1,6 +1,6 @@
-//! What has a source outside its page: excerpts of code and tables of figures.
+//! What a page takes from elsewhere: excerpts of code, tables of figures, lists of files to read.
 //!
-//! A comment right above a block says what it is. A table is between two comments:
+//! A comment right above a block says what is in the block. A table is between two comments:
 //!
 //! ```text
 //! <!-- figures: cpu -->
@@ -19,10 +19,10 @@ use pulldown_cmark::{CodeBlockKind, Event, Tag};
 use crate::pages::{Block, blocks, events, line_of, replace};
 use crate::sources::Sources;
 
-/// The page with all excerpts and tables as their sources have them. Each block has to have a source
-/// or a reason to have none.
+/// The page with all excerpts and tables brought up to date. Each block needs a source, or a reason to
+/// have none.
 pub fn refresh(page: &str, sources: &Sources, report: &Report) -> anyhow::Result<String> {
-    let mut texts = tables(page, report)?;
+    let mut texts = tables(page, sources, report)?;
     for block in blocks(page) {
         if let Some(text) = text_of(&block, sources).with_context(|| block.place())? {
             texts.push((block.range, text));
@@ -32,10 +32,14 @@ pub fn refresh(page: &str, sources: &Sources, report: &Report) -> anyhow::Result
     Ok(replace(page, &texts))
 }
 
-/// The tables of a page. All other comments are checked, too: one that is misspelt would be ignored.
-fn tables(page: &str, report: &Report) -> anyhow::Result<Vec<(Range<usize>, String)>> {
+/// The tables of a page. All other comments are checked too: a misspelt one would be ignored.
+fn tables(
+    page: &str,
+    sources: &Sources,
+    report: &Report,
+) -> anyhow::Result<Vec<(Range<usize>, String)>> {
     let mut tables = Vec::new();
-    let mut start = None;
+    let mut start: Option<(usize, String, String)> = None;
     for (event, range) in events(page) {
         let line = line_of(page, range.start);
         match event {
@@ -49,16 +53,21 @@ fn tables(page: &str, report: &Report) -> anyhow::Result<Vec<(Range<usize>, Stri
                         let next = &page[range.start + html.len()..];
                         ensure!(next.starts_with("```"), "line {line}: no block follows");
                     }
-                    ("figures", name) => {
-                        ensure!(start.is_none(), "line {line}: figures before the end of others");
-                        let table = report.table(name);
-                        let table =
-                            table.with_context(|| format!("line {line}: no table {name:?}"))?;
-                        start = Some((range.end, format!("\n{table}\n")));
+                    (kind, args) if kind == "figures" || kind.starts_with("reading") => {
+                        ensure!(start.is_none(), "line {line}: a table before the end of another");
+                        let table = match kind {
+                            "figures" => report.table(args).context("no such table"),
+                            _ => reading(kind, args, sources),
+                        };
+                        let table = table.with_context(|| format!("line {line}: {args}"))?;
+                        let name = kind.split(',').next().unwrap_or(kind);
+                        start = Some((range.end, format!("end of {name}"), table));
                     }
-                    ("end of figures", "") => {
-                        let (start, table) = start.take().context("an end without figures")?;
-                        tables.push((start..range.start, table));
+                    ("end of figures" | "end of reading", "") => {
+                        let open = start.take().filter(|(_, end, _)| end == text);
+                        let (start, _, table) =
+                            open.with_context(|| format!("line {line}: {text} without a start"))?;
+                        tables.push((start..range.start, format!("\n{table}\n")));
                     }
                     _ => bail!("line {line}: unknown comment {}", html.trim_end()),
                 }
@@ -69,11 +78,29 @@ fn tables(page: &str, report: &Report) -> anyhow::Result<Vec<(Range<usize>, Stri
             _ => {}
         }
     }
-    ensure!(start.is_none(), "figures without an end");
+    ensure!(start.is_none(), "a table without an end");
     Ok(tables)
 }
 
-/// What a block should have in it, if its page does not decide that.
+/// The table of a comment `reading: FILE; FILE` or `reading, at most LINES: FILE; FILE`.
+fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String> {
+    let mut table =
+        "| to read, in this order | lines | what it is |\n| --- | ---: | --- |\n".to_owned();
+    let mut total = 0;
+    for file in files.split("; ") {
+        let (lines, summary) = sources.summary(file)?;
+        table += &format!("| `{file}` | {lines} | {summary} |\n");
+        total += lines;
+    }
+    if kind != "reading" {
+        let limit =
+            kind.strip_prefix("reading, at most ").context("not `reading, at most LINES`")?;
+        ensure!(total <= limit.parse()?, "{total} lines to read, more than {limit}");
+    }
+    Ok(table + &format!("| in all | {total} | |\n"))
+}
+
+/// What should be in a block, unless that is up to its page.
 fn text_of(block: &Block<'_>, sources: &Sources) -> anyhow::Result<Option<String>> {
     if let Some(reason) = block.comment_of("illustration") {
         ensure!(!reason.trim().is_empty(), "an illustration needs a reason");
@@ -84,9 +111,9 @@ fn text_of(block: &Block<'_>, sources: &Sources) -> anyhow::Result<Option<String
         return Ok(Some(sources.excerpts(args)?));
     }
     match block.language {
-        // Replayed by another task.
+        // `cargo xtask console` replays it.
         "console" => {}
-        // Diagrams. A session would not be replayed here.
+        // A diagram: a session would not be replayed here.
         "text" => {
             let is_session = block.body.lines().any(|line| line.starts_with("$ "));
             ensure!(!is_session, "this is a console session");

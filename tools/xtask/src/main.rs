@@ -150,7 +150,8 @@ mod tests {
         ```diff\n{{#include answers/v01-1.patch}}\n```\n```diff\n{{#include diffs/v02.diff}}\n```\n\n\
         <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
-        <!-- figures: accept -->\n\n<!-- end of figures -->\n";
+        <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
+        <!-- reading, at most 6: common/src/lib.rs -->\n\n<!-- end of reading -->\n";
 
     const FIGURES: &str = r#"{"rounds": 1, "seconds": 1.0, "servers": ["floor"], "scenarios": [],
         "loads": [], "idle": [], "calls": [], "machine": {"processor": "P", "processors": 2,
@@ -165,7 +166,10 @@ mod tests {
     fn book() -> tempfile::TempDir {
         let folder = repository(&[
             ("README.md", "# Readme\n"),
-            ("common/src/lib.rs", "/// Doc.\npub struct A { b: u8 }\n\nfn call_it() {}\n"),
+            (
+                "common/src/lib.rs",
+                "//! A module\n//! (since v01). Its rest.\n/// Doc.\npub struct A { b: u8 }\n\nfn call_it() {}\n",
+            ),
             ("reactor-v01/src/main.rs", ""),
             ("reactor-v02/src/main.rs", ""),
             ("tools/bench/figures.json", FIGURES),
@@ -213,9 +217,16 @@ mod tests {
             (page, "```diff\n", "```text\n$ ls\n```\n```diff\n", "this is a console session"),
             (page, "c\n\n", "c\n\n    int x;\n\n", "line 3: an indented block"),
             (page, "<!-- figures", " <!-- figures", "has to begin the line"),
-            (page, "figures: accept", "figures: gone", "no table \"gone\""),
-            (page, "<!-- end of figures -->", "", "figures without an end"),
-            (page, "<!-- figures: accept -->", "", "an end without figures"),
+            (page, "figures: accept", "figures: gone", "gone: no such table"),
+            (page, "<!-- end of figures -->", "", "a table before the end of another"),
+            (page, "<!-- end of reading -->", "", "a table without an end"),
+            (page, "<!-- figures: accept -->", "", "end of figures without a start"),
+            (page, "end of figures", "end of reading", "end of reading without a start"),
+            (page, "at most 6", "at most 5", "6 lines to read, more than 5"),
+            (page, "reading, at most 6", "reading at most 6", "not `reading, at most LINES`"),
+            (page, "6: common/src/lib.rs", "6: reactor-v01/src/main.rs", "does not begin with a"),
+            ("common/src/lib.rs", "A module", "Some module", stale),
+            ("common/src/lib.rs", "\n\nfn", "\nfn", stale),
             (page, "TRACE", "INFO", "there is no trace in it"),
             // What they refer to.
             (

@@ -82,6 +82,19 @@ impl Sources {
         self.named(file).any(|source| source.names.contains(name))
     }
 
+    /// How many lines a source has, and the first sentence of its module's documentation.
+    pub fn summary(&self, path: &str) -> anyhow::Result<(usize, String)> {
+        let source = self.files.get(path).with_context(|| format!("there is no source {path}"))?;
+        let lines = source.text.lines().map_while(|line| line.strip_prefix("//! "));
+        let text = lines.collect::<Vec<_>>().join(" ");
+        ensure!(!text.is_empty(), "{path} does not begin with a comment `//! `");
+        let sentence = text.split_inclusive(". ").next().unwrap_or_default().trim_end();
+        // A page does not need what is for rustdoc: versions and links.
+        let since = sentence.find(" (since v").map_or(sentence, |end| &sentence[..end]);
+        let sentence = since.trim_end_matches('.').replace("[`", "`").replace("`]", "`");
+        Ok((source.text.lines().count(), sentence))
+    }
+
     /// What a comment `code: FILE, ITEM; ITEM` stands for. The first line says it again, for readers
     /// who do not see the comment.
     pub fn excerpts(&self, args: &str) -> anyhow::Result<String> {
