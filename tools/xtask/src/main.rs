@@ -5,6 +5,7 @@ mod blocks;
 mod console;
 mod mentions;
 mod pages;
+mod phrases;
 mod sequence;
 mod sources;
 mod workspace;
@@ -102,7 +103,8 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
         println!("updated {stale}");
     }
     // A diagram may be new.
-    mentions::check(&Workspace::at(&workspace.root)?, &sources)
+    mentions::check(&Workspace::at(&workspace.root)?, &sources)?;
+    phrases::check(workspace)
 }
 
 fn console(workspace: &Workspace, check: bool, mut pages: Vec<String>) -> anyhow::Result<()> {
@@ -174,6 +176,7 @@ mod tests {
             ("reactor-v02/src/main.rs", ""),
             ("tools/bench/figures.json", FIGURES),
             ("docs/names.txt", "epoll_wait # a call\n"),
+            ("docs/phrases.txt", "# Phrases\nqu+x (a|the) way # how\n"),
             ("docs/src/answers/v01-1.patch", ""),
             ("docs/src/drawn.svg", "<svg><text x=\"1\">call_it, then</text></svg>\n"),
             ("docs/src/v01.md", PAGE),
@@ -256,6 +259,21 @@ mod tests {
             (page, "answers/v01-1.patch", "diffs/v02.diff", "v01-1.patch: no page shows it"),
             ("docs/src/SUMMARY.md", "v01.md", "../README.md", "v01.md: SUMMARY.md lacks it"),
             ("docs/names.txt", "epoll_wait", "epoll_wait other", "no page uses other"),
+            // How they say it.
+            (
+                "README.md",
+                "Readme",
+                "R\n> Quux\n> the way",
+                "README.md:2: \"Quux > the way\"; better: how",
+            ),
+            (
+                "reactor-v01/src/main.rs",
+                "",
+                "// Qux a\n  // way",
+                "main.rs:1: \"Qux a // way\"; better: how",
+            ),
+            ("docs/phrases.txt", "(", "((", "docs/phrases.txt"),
+            ("docs/phrases.txt", " # ", " ", "not `PHRASE # INSTEAD`"),
         ] {
             let text = fs::read_to_string(root.join(name)).unwrap();
             assert!(text.contains(old), "{old:?} is not in {name}");

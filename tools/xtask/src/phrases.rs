@@ -1,0 +1,53 @@
+//! Looks for the phrases of docs/phrases.txt in everything that people read.
+
+use std::fmt::Write;
+
+use anyhow::{Context, ensure};
+use regex::{Regex, RegexBuilder};
+
+use crate::pages::line_of;
+use crate::workspace::Workspace;
+
+const LIST: &str = "docs/phrases.txt";
+
+/// The files that people read.
+const KINDS: [&str; 9] = [".md", ".rs", ".sh", ".svg", ".toml", ".html", ".css", ".js", ".patch"];
+
+/// What a space in the list matches: also the end of a line, and what a comment, a quotation, an added
+/// line or a string continues with in the next one.
+const SPACE: &str = r"\\?\s[\s/!#>+]*";
+
+/// A phrase, and what to write instead.
+struct Phrase<'a> {
+    regex: Regex,
+    instead: &'a str,
+}
+
+/// Checks all files. The error lists all phrases that are found.
+pub fn check(workspace: &Workspace) -> anyhow::Result<()> {
+    let list = workspace.read(LIST)?;
+    let lines = list.lines().filter(|line| !line.is_empty() && !line.starts_with('#'));
+    let phrases: Vec<_> =
+        lines.map(|line| parse(line).context(LIST)).collect::<anyhow::Result<_>>()?;
+    let mut faults = String::new();
+    for path in KINDS.iter().flat_map(|kind| workspace.files("", kind)) {
+        let text = workspace.read(path)?;
+        for Phrase { regex, instead } in &phrases {
+            for found in regex.find_iter(&text) {
+                let words = found.as_str().split_whitespace().collect::<Vec<_>>().join(" ");
+                let line = line_of(&text, found.start());
+                writeln!(faults, "{path}:{line}: {words:?}; better: {instead}")?;
+            }
+        }
+    }
+    ensure!(faults.is_empty(), "phrases to avoid, by {LIST}:\n{}", faults.trim_end());
+    Ok(())
+}
+
+fn parse(line: &str) -> anyhow::Result<Phrase<'_>> {
+    let (phrase, instead) =
+        line.split_once(" # ").with_context(|| format!("{line:?} is not `PHRASE # INSTEAD`"))?;
+    let phrase = phrase.trim_end().replace(' ', SPACE);
+    let regex = RegexBuilder::new(&format!(r"\b(?:{phrase})\b")).case_insensitive(true).build()?;
+    Ok(Phrase { regex, instead })
+}
