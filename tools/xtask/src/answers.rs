@@ -1,6 +1,6 @@
-//! The answers to the exercises: patches, each applied to a copy of the workspace and tested there.
+//! Tests the answers to the exercises: each is a patch, applied to a copy of the workspace.
 //!
-//! A patch begins with a line `Check: COMMAND`, the command that the answer makes succeed.
+//! A patch begins with a line `Check: COMMAND`. The command succeeds with the answer.
 
 use std::env;
 use std::fs;
@@ -11,23 +11,23 @@ use anyhow::{Context, ensure};
 
 use crate::workspace::Workspace;
 
-/// A folder with a copy of the workspace. It is reset for each answer, but only the files that differ
-/// are written, so that little has to be built again.
+/// A folder with a copy of the workspace. It is reset for each answer, but only files that differ
+/// are written, so that cargo has little to build again.
 pub struct WorkspaceCopy {
     root: PathBuf,
     copy: PathBuf,
 }
 
 impl WorkspaceCopy {
-    /// Below the folder that cargo builds in.
+    /// The copy is below the folder that cargo builds in.
     pub fn of(workspace: &Workspace) -> anyhow::Result<Self> {
         let target = env::current_exe()?;
         let target = target.ancestors().nth(2).context("a program in a folder of cargo's")?;
         Ok(Self { root: workspace.root.clone(), copy: target.join("answers") })
     }
 
-    /// Applies the patch to the copy and runs its check there; then, unless `quick`, all tests of the
-    /// chapter.
+    /// Applies the patch to the copy and runs its check there. Then it runs all tests of the
+    /// chapter, unless `quick`.
     pub fn check(&self, patch: &Path, quick: bool) -> anyhow::Result<()> {
         let text = fs::read_to_string(patch).with_context(|| patch.display().to_string())?;
         let command = text.lines().next().and_then(|line| line.strip_prefix("Check: "));
@@ -36,11 +36,11 @@ impl WorkspaceCopy {
         let package = package.context("its check names no package, as `-p reactor-v01` does")?;
         self.reset()?;
         self.run(&format!("git apply --whitespace=error '{}'", patch.display()))?;
-        // As strict as CI is with the course.
+        // The course has to pass these too.
         self.run("cargo fmt --all --check")?;
         self.run("cargo clippy --quiet --locked --workspace --all-targets -- -D warnings")?;
         let text = self.run(command)?;
-        // cargo succeeds without running a test if none has the name.
+        // cargo succeeds even if no test has the name.
         let ran = text.lines().any(|line| line.starts_with("test ") && line.ends_with(" ok"));
         ensure!(ran, "no test has run:\n{text}");
         if !quick {
@@ -70,7 +70,7 @@ impl WorkspaceCopy {
             if path.is_dir() {
                 if name != "target" {
                     self.remove_others(&path, files)?;
-                    // If it is empty now. A folder reactor-* without a manifest would not do.
+                    // This succeeds if it is empty: cargo rejects a reactor-* without a manifest.
                     let _ = fs::remove_dir(&path);
                 }
             } else if !files.contains(&name) {
@@ -80,12 +80,12 @@ impl WorkspaceCopy {
         Ok(())
     }
 
-    /// Runs a command in the copy and returns what it has printed.
+    /// Runs a command in the copy and returns its output.
     fn run(&self, command: &str) -> anyhow::Result<String> {
         let output = Command::new("bash")
             .args(["-c", command])
             .current_dir(&self.copy)
-            // A patch is not for a repository that the copy is in.
+            // git would apply the patch to the repository around the copy.
             .env("GIT_CEILING_DIRECTORIES", self.copy.parent().context("a folder in a folder")?)
             .env("CARGO_TARGET_DIR", self.copy.join("target"))
             .output()?;

@@ -19,8 +19,8 @@ use pulldown_cmark::{CodeBlockKind, Event, Tag};
 use crate::pages::{Block, blocks, events, line_of, replace};
 use crate::sources::Sources;
 
-/// The page with all excerpts and tables brought up to date. Each block needs a source, or a reason to
-/// have none.
+/// The page with all excerpts and tables brought up to date. Each block needs a source, or a reason
+/// to have none.
 pub fn refresh(page: &str, sources: &Sources, report: &Report) -> anyhow::Result<String> {
     let mut texts = tables(page, sources, report)?;
     for block in blocks(page) {

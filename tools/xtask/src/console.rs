@@ -1,16 +1,14 @@
 //! Replays the console sessions of the pages.
 //!
-//! A block is a session: each line `$ COMMAND` is a command, `^C` stops the server that was started last,
-//! and the other lines are what the commands print. A line `# terminal N` says in which terminal the
-//! next lines are; a session in one terminal has no such lines. A server keeps its terminal until it
-//! stops, and a command is typed into the first terminal without a server.
+//! A block is a session: each line `$ COMMAND` is a command, `^C` stops the server that was started
+//! last, and the other lines are the output. A line `# terminal N` says in which terminal the next
+//! lines are; a session in one terminal has no such lines. A server keeps its terminal until it
+//! stops, and other commands are typed into the next terminal.
 //!
-//! Each server takes a free port in place of 7777. Times, ports and other numbers that change from run
-//! to run are not compared. The order of lines is compared within each terminal, not across terminals.
+//! Each server takes a free port in place of 7777. Times, ports and other numbers that change from
+//! run to run are not compared. Neither is the order of lines across terminals.
 
-use std::collections::{BTreeMap, BTreeSet};
 use std::env;
-use std::fmt::Write;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -31,18 +29,18 @@ use crate::workspace::Workspace;
 /// How long a command may take, or a line to arrive.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// Where it is not known what to wait for: no more lines are expected after so long without one.
+/// If the number of lines is not known, this long without one means that no more come.
 const QUIET: Duration = Duration::from_millis(300);
 
-/// Before each command: one pipe for both outputs, which keeps the order of the lines; no inherited
-/// fds, which would change the numbers of the server's own; the limit on fds that most shells have; and
-/// the netcat that the text is about.
+/// Runs before each command. One pipe for stdout and stderr keeps the order of the lines. Inherited
+/// fds would change the server's fd numbers. Most shells have this limit on fds, and the text is
+/// about this netcat.
 const PROLOGUE: &str = r#"exec 2>&1
 for fd in {3..63}; do eval "exec $fd>&-"; done
 ulimit -Sn 1024
 nc() { nc.openbsd "$@"; }"#;
 
-/// The process groups of the commands that run, which are killed when this program is stopped.
+/// The process groups of the running commands. They are killed when this program is stopped.
 static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
 /// Where sessions are played.
@@ -50,12 +48,12 @@ pub struct Stage {
     root: PathBuf,
     /// The folder of the chapters' programs.
     programs: PathBuf,
-    /// Whether strace may be used: a container may forbid it.
+    /// Whether strace works here: a container may forbid it.
     can_trace: bool,
 }
 
 impl Stage {
-    /// Builds the programs, and looks for what else the sessions need.
+    /// Builds the programs, and checks that netcat and strace are installed.
     pub fn set(workspace: &Workspace) -> anyhow::Result<Self> {
         let root = workspace.root.clone();
         let mut cargo = Command::new(env::var_os("CARGO").context("run it as `cargo xtask`")?);
@@ -63,13 +61,13 @@ impl Stage {
         for chapter in bench::chapters(&root)? {
             build.args(["-p", &chapter]);
         }
-        ensure!(build.status()?.success(), "the chapters cannot be built");
-        // They are where this program is: in target/debug, wherever that is.
+        ensure!(build.status()?.success(), "the chapters do not build");
+        // They are in the folder of this program: target/debug, wherever that is.
         let programs = env::current_exe()?.parent().context("a program in a folder")?.to_owned();
         let netcat = Command::new("nc.openbsd").arg("-h").stderr(Stdio::null()).status();
         netcat.context("the sessions need netcat-openbsd: apt install netcat-openbsd")?;
         let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-        // The commands do not inherit it: std gives them an empty mask.
+        // The commands do not inherit the mask: std gives them an empty one.
         signals.thread_block()?;
         thread::spawn(move || {
             let _ = signals.wait();
@@ -133,7 +131,7 @@ fn can_be_played(block: &Block<'_>, stage: &Stage) -> bool {
     }
     let possible = stage.can_trace || !block.body.contains("strace ");
     if !possible {
-        eprintln!("{} is not played: strace may not be used here", block.place());
+        eprintln!("{} is not played: strace does not work here", block.place());
     }
     possible
 }
@@ -173,7 +171,7 @@ fn parse(text: &str) -> anyhow::Result<Vec<Step>> {
     Ok(steps)
 }
 
-/// A command that runs, until this is dropped.
+/// A running command. Dropping this kills it.
 struct Running {
     child: Child,
     is_server: bool,
@@ -181,15 +179,16 @@ struct Running {
 }
 
 impl Running {
-    fn is_running_server(&mut self) -> bool {
-        self.is_server && matches!(self.child.try_wait(), Ok(None))
+    /// This, if it is a server that has not ended.
+    fn server(&mut self) -> Option<&mut Self> {
+        (self.is_server && matches!(self.child.try_wait(), Ok(None))).then_some(self)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         let group = group(&self.child);
-        // The id of a process that has ended may be another one's by now.
+        // After a process has ended, another one may have its id.
         if let Ok(None) = self.child.try_wait() {
             let _ = killpg(group, Signal::SIGKILL);
             let _ = self.child.wait();
@@ -202,8 +201,8 @@ fn group(child: &Child) -> Pid {
     Pid::from_raw(child.id().try_into().unwrap_or(i32::MAX))
 }
 
-/// Plays a session and returns it with the lines that it prints now. Waits for as many lines as the text
-/// has if they are `known`, or else until no more come.
+/// Plays a session and returns it with the lines that it prints now. Waits for as many lines as the
+/// text has if they are `known`, otherwise until no more come.
 fn play(steps: &[Step], stage: &Stage, known: bool) -> anyhow::Result<String> {
     let (sender, lines) = mpsc::channel();
     let mut running: Vec<Running> = Vec::new();
@@ -217,11 +216,7 @@ fn play(steps: &[Step], stage: &Stage, known: bool) -> anyhow::Result<String> {
                 let (command, is_server) = prepare(text, port, &stage.programs);
                 let background = command.strip_suffix(" &");
                 let command = background.unwrap_or(&command);
-                let mut terminal = 1;
-                while running.iter_mut().any(|it| it.terminal == terminal && it.is_running_server())
-                {
-                    terminal += 1;
-                }
+                let terminal = 1 + running.iter_mut().filter_map(Running::server).count();
                 session.push((terminal, format!("$ {text}")));
                 let child = stage.spawn(command, terminal, sender.clone())?;
                 let mut started = Running { child, is_server, terminal };
@@ -240,8 +235,7 @@ fn play(steps: &[Step], stage: &Stage, known: bool) -> anyhow::Result<String> {
                 running.push(started);
             }
             None => {
-                let mut servers = running.iter_mut().rev();
-                let server = servers.find_map(|it| it.is_running_server().then_some(it));
+                let server = running.iter_mut().rev().find_map(Running::server);
                 let server = server.context("there is no server to stop")?;
                 session.push((server.terminal, "^C".to_owned()));
                 killpg(group(&server.child), Signal::SIGINT)?;
@@ -258,21 +252,21 @@ fn play(steps: &[Step], stage: &Stage, known: bool) -> anyhow::Result<String> {
         }
         session.extend(lines.try_iter());
     }
-    // There may be more than is known.
+    // More lines may come than expected.
     while let Ok(line) = lines.recv_timeout(QUIET) {
         session.push(line);
     }
     Ok(render(&session))
 }
 
-/// A command must not fail unnoticed. One that should can end with `; echo "exit code $?"`.
+/// A command must not fail unnoticed. If it should fail, it can end with `; echo "exit code $?"`.
 fn succeeded(child: &mut Child) -> anyhow::Result<()> {
     let status = child.try_wait()?.context("it does not end")?;
     ensure!(status.success(), "it fails: {status}");
     Ok(())
 }
 
-/// Collects lines until `is_last` says so of one, or the process has ended.
+/// Collects lines up to one that `is_last`, or until the process has ended.
 fn wait_for(
     child: &mut Child,
     lines: &Receiver<Line>,
@@ -301,7 +295,7 @@ fn port_in(line: &str) -> Option<u16> {
     line.split_once("listening on ")?.1.rsplit(':').next()?.parse().ok()
 }
 
-/// How the text runs a program of a chapter.
+/// Matches how the text runs a program of a chapter.
 #[allow(clippy::expect_used)]
 static PROGRAM: LazyLock<Regex> = LazyLock::new(|| {
     let how = r"(?:cargo run (?:-q )?-p |target/debug/)";
@@ -310,18 +304,18 @@ static PROGRAM: LazyLock<Regex> = LazyLock::new(|| {
         .expect("a constant, which tests use")
 });
 
-/// The command as it is run, and whether it starts a server: the programs are built already, and the
-/// port of the session is in place of 7777.
+/// The command to run, and whether it starts a server. It runs the programs that are already built,
+/// and the port of the session replaces 7777.
 fn prepare(text: &str, port: Option<u16>, programs: &Path) -> (String, bool) {
     let mut command = text.to_owned();
     let mut is_server = false;
     if let Some(found) = PROGRAM.captures(text) {
         let package = &found["package"];
-        // Further programs of a chapter, and chapters with a second hyphen, are clients.
+        // A chapter's other programs, and chapters with a second hyphen, are clients.
         is_server = found.name("bin").is_none() && package.matches('-').count() == 1;
         let program = found.name("bin").map_or(package, |bin| bin.as_str());
         let args = found.name("args").map_or("", |args| args.as_str());
-        // The first server takes a free port, another one the port that is in use.
+        // The first server takes a free port. Another one gets the port that is in use.
         let addr = match port {
             _ if text.contains("--addr") => String::new(),
             None if !is_server => String::new(),
@@ -348,7 +342,7 @@ fn render(session: &[Line]) -> String {
             text += &format!("{MARK}{terminal}\n");
         }
         port = port.or(port_in(line));
-        // strace shows the port 0 that the server was given in place of 7777.
+        // strace shows port 0, which the server was given instead of 7777.
         let mut line = line.replace("htons(0)", "htons(7777)");
         if let Some(port) = port {
             line = line.replace(&port.to_string(), "7777");
@@ -359,36 +353,31 @@ fn render(session: &[Line]) -> String {
     text
 }
 
-/// The lines of each terminal, in the form that is compared.
-fn by_terminal(session: &str) -> BTreeMap<&str, String> {
+/// The lines of a session in the form that is compared, those of terminal 1 first.
+fn by_terminal(session: &str) -> String {
     let mut terminal = "1";
-    let mut texts: BTreeMap<&str, String> = BTreeMap::new();
+    let mut lines = Vec::new();
     for line in session.lines() {
         match line.strip_prefix(MARK) {
             Some(number) => terminal = number,
-            None => *texts.entry(terminal).or_default() += &(normal(line) + "\n"),
+            None => lines.push((terminal, normal(line))),
         }
     }
-    texts
+    // This keeps the order within each terminal.
+    lines.sort_by_key(|(terminal, _)| *terminal);
+    lines.iter().map(|(terminal, line)| format!("{terminal}: {line}\n")).collect()
 }
 
 fn compare(text: &str, now: &str) -> anyhow::Result<()> {
-    let (texts, now) = (by_terminal(text), by_terminal(now));
-    let mut message = String::new();
-    for terminal in texts.keys().chain(now.keys()).collect::<BTreeSet<_>>() {
-        let [text, now] = [&texts, &now].map(|it| it.get(terminal).map_or("", String::as_str));
-        if text != now {
-            writeln!(message, "{MARK}{terminal}")?;
-            for change in similar::TextDiff::from_lines(text, now).iter_all_changes() {
-                write!(message, "{}{}", change.tag(), change.value())?;
-            }
-        }
-    }
-    ensure!(message.is_empty(), "the page's output (-) and that of now (+) differ:\n{message}");
+    let (text, now) = (by_terminal(text), by_terminal(now));
+    let diff = similar::TextDiff::from_lines(&text, &now);
+    let changes = diff.iter_all_changes().map(|it| format!("{}{}", it.tag(), it.value()));
+    let changes = changes.collect::<String>();
+    ensure!(text == now, "the output on the page (-) and of this run (+) differ:\n{changes}");
     Ok(())
 }
 
-/// Numbers that change from run to run, after what stands before them.
+/// Numbers that change from run to run, with the text before them.
 #[allow(clippy::expect_used)]
 static NUMBER: LazyLock<Regex> = LazyLock::new(|| {
     let after = r"(127\.0\.0\.1:|\[::1\]:|htons\(|pid )\d+|(0x)[[:xdigit:]]+";
@@ -423,7 +412,7 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_says_the_same_passes() {
+    fn a_session_with_the_same_output_passes() {
         let session = "$ echo a; echo 127.0.0.1:1234 >&2\na\n127.0.0.1:9999\n$ (echo b; sleep 20) &\nb\n\
             $ echo \\\n   c\nc\n";
         assert_eq!(replay(&page(session), &stage(), true).unwrap(), (1, page(session)));
@@ -437,15 +426,15 @@ mod tests {
     }
 
     #[test]
-    fn a_session_that_says_something_else_is_found_and_updated() {
-        assert_broken("$ echo a\nb\n", "-b\n+a\n");
-        assert_broken("$ echo a; echo b\na\n", "+b\n");
+    fn a_session_with_other_output_is_found_and_updated() {
+        assert_broken("$ echo a\nb\n", "-1: b\n+1: a\n");
+        assert_broken("$ echo a; echo b\na\n", "+1: b\n");
         assert_broken("$ true\n^C\n", "no server to stop");
         assert_broken("a\n", "does not begin with a command");
         assert_broken("", "an empty session");
         assert_broken("$ false\n", "it fails");
-        // After the last line that is known.
-        assert_broken("$ (echo a; sleep 0.1; echo b) &\na\n", "+b\n");
+        // Lines after the last expected one.
+        assert_broken("$ (echo a; sleep 0.1; echo b) &\na\n", "+1: b\n");
         let (old, new) = ("$ echo a\nb\n$ true\nc\n", "$ echo a\na\n$ true\n");
         assert_eq!(replay(&page(old), &stage(), false).unwrap(), (1, page(new)));
     }
@@ -479,7 +468,7 @@ mod tests {
     }
 
     #[test]
-    fn illustrations_and_what_may_not_be_traced_are_not_played() {
+    fn illustrations_and_sessions_that_cannot_be_traced_are_not_played() {
         let untraced = Stage { can_trace: false, ..stage() };
         let page = page("$ echo 'strace -c'\nx\n");
         assert_eq!(replay(&page, &untraced, true).unwrap(), (0, page.clone()));
@@ -489,16 +478,16 @@ mod tests {
     }
 
     #[test]
-    fn nothing_goes_on_after_a_session() {
+    fn nothing_keeps_running_after_a_session() {
         let child = stage().spawn("sleep 60 | sleep 60", 1, mpsc::channel().0).unwrap();
         let running = Running { child, is_server: false, terminal: 1 };
         let group = group(&running.child);
         assert_eq!(killpg(group, None), Ok(()));
         drop(running);
         let start = Instant::now();
-        // The children of the shell are reaped by init.
+        // init reaps the shell's children.
         while killpg(group, None).is_ok() {
-            assert!(start.elapsed() < LIMIT, "it goes on");
+            assert!(start.elapsed() < LIMIT, "it keeps running");
             thread::sleep(Duration::from_millis(2));
         }
     }

@@ -31,28 +31,28 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Updates the excerpts, figures and sequence diagrams of README.md and docs, and looks for broken
-    /// links and unknown names
+    /// Updates what README.md and docs take from the code, the figures and the traces, and looks
+    /// for broken links, unknown names and phrases to avoid
     Docs {
         /// Changes nothing, and fails if something is out of date
         #[arg(long)]
         check: bool,
     },
-    /// Replays the console sessions of README.md and docs, and updates their output
+    /// Replays the console sessions in README.md and docs, and updates their output
     Console {
         /// Changes nothing, and fails if an output differs
         #[arg(long)]
         check: bool,
-        /// Only these pages, as README.md or docs/src/v01.md
+        /// Only these pages, for example README.md or docs/src/v01.md
         pages: Vec<String>,
     },
-    /// Applies the answers to the exercises, each to a copy of the workspace, and tests them
+    /// Applies each answer to an exercise to a copy of the workspace, and tests it there
     Answers {
-        /// Runs only those of the chapter's tests that an answer names: some seconds for each answer
-        /// instead of half a minute
+        /// Runs only the tests that an answer names, not all of its chapter's: a few seconds for
+        /// each answer instead of half a minute
         #[arg(long)]
         quick: bool,
-        /// Only these patches, as docs/src/answers/v01-1.patch
+        /// Only these patches, for example docs/src/answers/v01-1.patch
         patches: Vec<String>,
     },
 }
@@ -80,7 +80,7 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
     const FIGURES: &str = "tools/bench/figures.json";
     let sources = Sources::read(workspace)?;
     let report = Report::from_json(&workspace.read(FIGURES)?).context(FIGURES)?;
-    // What the pages and the diagrams should be.
+    // The pages and diagrams as they should be.
     let mut files = BTreeMap::new();
     for path in workspace.pages() {
         let page = workspace.read(path)?;
@@ -102,7 +102,7 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
     if !stale.is_empty() {
         println!("updated {stale}");
     }
-    // A diagram may be new.
+    // List the files again: a diagram may be new.
     mentions::check(&Workspace::at(&workspace.root)?, &sources)?;
     phrases::check(workspace)
 }
@@ -164,7 +164,7 @@ mod tests {
         docs(&Workspace::at(root)?, check)
     }
 
-    /// A small workspace with a book of one chapter, all of it up to date.
+    /// A small workspace with a book of one chapter. Everything in it is up to date.
     fn book() -> tempfile::TempDir {
         let folder = repository(&[
             ("README.md", "# Readme\n"),
@@ -194,13 +194,13 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_stale_or_broken_is_found() {
+    fn stale_text_and_broken_references_are_found() {
         let page = "docs/src/v01.md";
         let stale = "out of date: docs/src/v01.md;";
         let book = book();
         let root = book.path();
         for (name, old, new, what) in [
-            // What the pages have from elsewhere.
+            // What the pages take from elsewhere.
             (page, "pub struct A", "pub struct B", stale),
             (page, "1,234", "1,235", stale),
             (page, "1 ready", "2 ready", "out of date: docs/src/s.svg;"),
@@ -231,7 +231,7 @@ mod tests {
             ("common/src/lib.rs", "A module", "Some module", stale),
             ("common/src/lib.rs", "\n\nfn", "\nfn", stale),
             (page, "TRACE", "INFO", "there is no trace in it"),
-            // What they refer to.
+            // What the pages refer to.
             (
                 page,
                 "(#one-two",
@@ -253,13 +253,13 @@ mod tests {
             (page, "`/proc/self`", "`docs/gone.sh a b`", "there is no file docs/gone.sh"),
             (page, "run -p common", "run -p reactor-v09", "there is no package reactor-v09"),
             ("docs/src/drawn.svg", "call_it", "call_me", "nothing is called call_me"),
-            // What nothing refers to.
+            // What no page refers to.
             (page, "![q](drawn.svg)", "", "docs/src/drawn.svg: no page shows it"),
             (page, "diffs/v02.diff", "answers/v01-1.patch", "v02.diff: no page shows it"),
             (page, "answers/v01-1.patch", "diffs/v02.diff", "v01-1.patch: no page shows it"),
             ("docs/src/SUMMARY.md", "v01.md", "../README.md", "v01.md: SUMMARY.md lacks it"),
             ("docs/names.txt", "epoll_wait", "epoll_wait other", "no page uses other"),
-            // How they say it.
+            // Phrases to avoid.
             (
                 "README.md",
                 "Readme",

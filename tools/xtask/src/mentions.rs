@@ -1,5 +1,5 @@
-//! Links, anchors, paths and names in the pages: all that they refer to has to exist. And nothing may
-//! be left over: pages, pictures and answers that no page refers to.
+//! Checks what the pages refer to: every link, anchor, path and name has to exist, and every page,
+//! picture and answer has to be shown by some page.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -10,14 +10,14 @@ use crate::pages::{Mention, mentions};
 use crate::sources::Sources;
 use crate::workspace::{Workspace, beside};
 
-/// Checks all pages and pictures. The error lists all that is wrong with them.
+/// Checks all pages and pictures. The error lists everything that is wrong.
 pub fn check(workspace: &Workspace, sources: &Sources) -> anyhow::Result<()> {
     let mut pages = BTreeMap::new();
     for path in workspace.pages() {
         pages.insert(path, mentions(&workspace.read(path)?));
     }
     let chapters = bench::chapters(&workspace.root)?;
-    // The first chapter has none to be compared with.
+    // There is nothing to compare the first chapter with.
     let diffs = chapters.iter().skip(1).filter_map(|chapter| chapter.strip_prefix("reactor-"));
     let diffs = diffs.map(|chapter| format!("docs/src/diffs/{chapter}.diff")).collect();
     let foreign = foreign_names(&workspace.read("docs/names.txt")?);
@@ -59,25 +59,26 @@ pub fn check(workspace: &Workspace, sources: &Sources) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One or more names in a line, and a comment after `#`.
+/// The names in docs/names.txt: one or more in a line, with a comment after `#`.
 fn foreign_names(text: &str) -> BTreeSet<String> {
     let lines = text.lines().map(|line| line.split('#').next().unwrap_or_default());
     lines.flat_map(str::split_whitespace).map(str::to_owned).collect()
 }
 
-/// What a page may refer to.
+/// Everything that a page may refer to.
 struct World<'a> {
     workspace: &'a Workspace,
     sources: &'a Sources,
     pages: &'a BTreeMap<&'a str, Vec<(usize, Mention)>>,
-    /// What scripts/book.sh writes before it builds the book.
+    /// The diffs that scripts/book.sh writes before it builds the book.
     diffs: &'a BTreeSet<String>,
-    /// Names that are not the course's: the kernel's, std's, the original's.
+    /// Names from outside the course: the kernel, std, the C++ course.
     foreign: &'a BTreeSet<String>,
 }
 
 impl World<'_> {
-    /// What no page shows, though one has to. `shown` are pages, and the files that they refer to.
+    /// The files that no page shows, although one should. `shown` has pages, and the files that
+    /// they refer to.
     fn left_over(&self, shown: &BTreeSet<(&str, String)>) -> Vec<String> {
         const SUMMARY: &str = "docs/src/SUMMARY.md";
         let to_show = self.workspace.files("docs/", ".svg").chain(self.workspace.answers());
@@ -89,7 +90,7 @@ impl World<'_> {
         hidden.chain(unlisted.map(|path| format!("{path}: SUMMARY.md lacks it"))).collect()
     }
 
-    /// Returns what it shows: a page or a picture of this repository.
+    /// Returns the page or picture of this repository that the link shows, if any.
     fn check_link(&self, from: &str, url: &str) -> anyhow::Result<Option<String>> {
         if url.starts_with("https://") {
             return Ok(None);
@@ -101,16 +102,16 @@ impl World<'_> {
         let in_book = |path: &str| path.starts_with("docs/src");
         ensure!(!in_book(from) || in_book(&target), "{url} is outside the book");
         if !anchor.is_empty() {
-            let page = self.pages.get(&*target).with_context(|| format!("{url} is no page"))?;
+            let page = self.pages.get(&*target).with_context(|| format!("{url} is not a page"))?;
             let wanted = Mention::Anchor(anchor.to_owned());
             let found = page.iter().any(|(_, mention)| *mention == wanted);
             ensure!(found, "broken link {url}: no such heading");
         }
-        // An answer has to be included.
+        // A link to an answer does not show it: a page has to include it.
         Ok(Some(target).filter(|target| !target.ends_with(".patch")))
     }
 
-    /// Returns what it includes.
+    /// Returns the path of the included file.
     fn check_include(&self, from: &str, file: &str) -> anyhow::Result<String> {
         let target = beside(from, file)?;
         let exists = self.workspace.files.contains(&target) || self.diffs.contains(&target);
@@ -120,7 +121,7 @@ impl World<'_> {
 
     fn check_item(&self, file: &str, name: &str) -> anyhow::Result<()> {
         let name = name.strip_suffix("()").unwrap_or(name);
-        // A module's own name may be before it.
+        // The name of its module may come first.
         let module = file.rsplit('/').next().unwrap_or(file).trim_end_matches(".rs");
         let name = name.strip_prefix(&format!("{module}::")).unwrap_or(name);
         ensure!(!is_name(name) || self.sources.has_in(file, name), "{file} has no {name}");
@@ -142,22 +143,24 @@ impl World<'_> {
             || [".rs", ".sh", ".md", ".toml", ".json"].iter().any(|end| code.ends_with(end));
         let is_plain = |char: char| char.is_ascii_alphanumeric() || "_-./".contains(char);
         if is_path && code.chars().all(is_plain) && !code.starts_with(['/', '.']) {
-            // A file of a chapter may be named without its folder.
+            // A page may name a file of a chapter without its folder.
             let exists =
                 self.workspace.has(code) || self.sources.has_file(code) || is_foreign(code);
             ensure!(exists, "there is no file {code}");
             return Ok(());
         }
-        // Of a call or a generic type, what is before its brackets.
+        // The name of a call or a generic type ends at its brackets.
         let name = code.split(['(', '<']).next().unwrap_or(code);
         let is_ours = self.sources.has_name(name) || self.has_package(name);
         if is_name(name) && !is_ours && !is_foreign(name) {
-            bail!("nothing is called {name}; if it is not the course's, add it to docs/names.txt")
+            bail!(
+                "nothing is called {name}; if it is not part of the course, add it to docs/names.txt"
+            )
         }
         Ok(())
     }
 
-    /// A package, or another folder, goes by its own name, also where it is below tools.
+    /// A package, or another folder, goes by its own name, even below tools.
     fn has_package(&self, name: &str) -> bool {
         self.workspace.has(name) || self.workspace.has(&format!("tools/{name}"))
     }
@@ -178,7 +181,7 @@ impl World<'_> {
         Ok(())
     }
 
-    /// The words of a picture that can only be names, like `do_read`, have to be names.
+    /// Words in a picture that look like names, such as `do_read`, have to be names.
     fn check_picture(&self, svg: &str) -> anyhow::Result<()> {
         let texts = svg.split('>').filter_map(|part| part.split('<').next());
         let words = texts.flat_map(|text| text.split([' ', ',', ':', '\n']));

@@ -1,4 +1,4 @@
-//! The pages, and what the tasks look for in them.
+//! Parses the pages: their blocks, and what they mention.
 
 use std::ops::Range;
 
@@ -8,29 +8,29 @@ use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 pub struct Block<'a> {
     /// The line of its fence, from 1.
     pub line: usize,
-    /// The comment right above the fence, without its brackets: `code: FILE, ITEM` for example.
+    /// The comment right above the fence, without its brackets, for example `code: FILE, ITEM`.
     pub comment: Option<&'a str>,
     /// The language that the fence names.
     pub language: &'a str,
-    /// What is between the fences.
+    /// The text between the fences.
     pub body: &'a str,
-    /// Where that is in the page.
+    /// Where the body is in the page.
     pub range: Range<usize>,
 }
 
 impl<'a> Block<'a> {
-    /// What the comment says after `kind: `, if it is of that kind.
+    /// The text after `kind: ` in the comment, if the comment is of that kind.
     pub fn comment_of(&self, kind: &str) -> Option<&'a str> {
         self.comment?.strip_prefix(kind)?.strip_prefix(": ")
     }
 
-    /// Where it is, for a message.
+    /// Names the block in a message.
     pub fn place(&self) -> String {
         format!("the block in line {}", self.line)
     }
 }
 
-/// The events of a page and where they are in it, in the dialect that mdBook and GitHub share.
+/// The Markdown events of a page and their positions, in the dialect that mdBook and GitHub share.
 pub fn events(page: &str) -> impl Iterator<Item = (Event<'_>, Range<usize>)> {
     Parser::new_ext(page, Options::ENABLE_TABLES).into_offset_iter()
 }
@@ -48,7 +48,7 @@ pub fn blocks(page: &str) -> Vec<Block<'_>> {
         let text = &page[range.clone()];
         let Some(body) = text.find('\n') else { continue };
         let end = text.trim_end().rfind('\n').unwrap_or(body);
-        // The line right above: after an empty line it would be a comment on something else.
+        // Only the line right above: before an empty line, a comment is about something else.
         let before = page[..range.start].trim_end_matches(' ').strip_suffix('\n');
         let comment = before
             .and_then(|text| text.rsplit('\n').next())
@@ -64,7 +64,7 @@ pub fn blocks(page: &str) -> Vec<Block<'_>> {
     blocks
 }
 
-/// The page with other texts at some places, which are in the order of the page.
+/// The page with some ranges replaced. They are in the order of the page.
 pub fn replace(page: &str, texts: &[(Range<usize>, String)]) -> String {
     let mut fresh = String::new();
     let mut end = 0;
@@ -83,15 +83,15 @@ pub enum Mention {
     Anchor(String),
     /// The target of a link or an image.
     Link(String),
-    /// A file that mdBook puts in this place.
+    /// A file that mdBook includes here.
     Include(String),
     /// Inline code.
     Code(String),
-    /// Inline code right after the name of a source, as in `net.rs`, `connect`.
+    /// Inline code right after the name of a source file, for example `net.rs`, `connect`.
     Item(String, String),
 }
 
-/// All that a page mentions, and the lines. Code in a link to another site is not the course's.
+/// Everything that a page mentions, with its line. Code in a link to another site is left out.
 pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
     let mut mentions = Vec::new();
     let mut heading: Option<String> = None;

@@ -13,8 +13,8 @@ const LIST: &str = "docs/phrases.txt";
 /// The files that people read.
 const KINDS: [&str; 9] = [".md", ".rs", ".sh", ".svg", ".toml", ".html", ".css", ".js", ".patch"];
 
-/// What a space in the list matches: also the end of a line, and what a comment, a quotation, an added
-/// line or a string continues with in the next one.
+/// What a space in the list matches. A phrase may continue in the next line, after the marker of a
+/// comment, a quotation or a patch.
 const SPACE: &str = r"\\?\s[\s/!#>+]*";
 
 /// A phrase, and what to write instead.

@@ -1,4 +1,4 @@
-//! The items and the names of the workspace's sources, found by parsing them.
+//! Finds the items and names in the workspace's sources by parsing them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -12,7 +12,7 @@ use crate::workspace::Workspace;
 #[derive(Default)]
 pub struct Sources {
     files: BTreeMap<String, Source>,
-    /// The names of the course, also after the name of their module: `decode`, `message::decode`.
+    /// The names in the course, with and without their module: `message::decode`, `decode`.
     names: BTreeSet<String>,
 }
 
@@ -20,20 +20,20 @@ pub struct Sources {
 struct Source {
     text: String,
     items: Vec<Item>,
-    /// All that has a name: items, and the fields and variants of types.
+    /// The names of items, and of the fields and variants of types.
     names: BTreeSet<String>,
 }
 
 struct Item {
-    /// Within the file: `EventLoop::event_process`.
+    /// Its path within the file, for example `EventLoop::event_process`.
     path: String,
-    /// From 1, and both belong to it. A doc comment does, too.
+    /// From 1. The item starts with its doc comment, and includes both lines.
     first_line: usize,
     last_line: usize,
 }
 
 impl Sources {
-    /// Reads and parses them.
+    /// Reads and parses all sources.
     pub fn read(workspace: &Workspace) -> anyhow::Result<Self> {
         let mut sources = Self::default();
         for path in workspace.files("", ".rs") {
@@ -46,10 +46,10 @@ impl Sources {
         let mut source = Source { text: text.to_owned(), ..Source::default() };
         let mut finder = Finder { source: &mut source, within: Vec::new() };
         finder.visit_file(&syn::parse_file(text)?);
-        // Functions inside macros, as many of the tests are.
+        // Functions inside macros: many tests are in one.
         let after_fn = text.split(" fn ").skip(1).filter_map(|rest| rest.split_once('('));
         source.names.extend(after_fn.map(|(name, _)| name.to_owned()));
-        // What checks the text is not what the text is about.
+        // The text is not about the program that checks it.
         if !path.starts_with("tools/xtask/") {
             let module = path.rsplit('/').next().unwrap_or(path).trim_end_matches(".rs");
             self.names.extend(source.names.iter().map(|name| format!("{module}::{name}")));
@@ -59,7 +59,7 @@ impl Sources {
         Ok(())
     }
 
-    /// Whether something in the course has this name: `decode`, `message::decode`, `TcpConn::do_read`.
+    /// Whether anything in the course has this name, for example `TcpConn::do_read`.
     pub fn has_name(&self, name: &str) -> bool {
         self.names.contains(name)
     }
@@ -72,12 +72,12 @@ impl Sources {
         self.files.iter().filter(move |(path, _)| is_named(path)).map(|(_, source)| source)
     }
 
-    /// Whether there is a source that can be named like this.
+    /// Whether a source can be called by this name.
     pub fn has_file(&self, file: &str) -> bool {
         self.named(file).next().is_some()
     }
 
-    /// Whether one of the sources that can be named like this has something with this name.
+    /// Whether a source that can be called `file` has something called `name`.
     pub fn has_in(&self, file: &str, name: &str) -> bool {
         self.named(file).any(|source| source.names.contains(name))
     }
@@ -95,8 +95,8 @@ impl Sources {
         Ok((source.text.lines().count(), sentence))
     }
 
-    /// What a comment `code: FILE, ITEM; ITEM` stands for. The first line says it again, for readers
-    /// who do not see the comment.
+    /// The text for a comment `code: FILE, ITEM; ITEM`. Its first line repeats the comment, because
+    /// the site hides it.
     pub fn excerpts(&self, args: &str) -> anyhow::Result<String> {
         let (path, items) = args
             .split_once(", ")
@@ -109,7 +109,7 @@ impl Sources {
 }
 
 impl Source {
-    /// The text of an item, its doc comment too, but not indented.
+    /// The text of an item with its doc comment, without indentation.
     fn excerpt(&self, path: &str) -> anyhow::Result<String> {
         let mut found = self.items.iter().filter(|item| item.path == path);
         let item = found.next().with_context(|| format!("there is no item {path}"))?;
@@ -122,10 +122,10 @@ impl Source {
     }
 }
 
-/// Adds what it visits to a source.
+/// Adds the items it visits to a source.
 struct Finder<'a> {
     source: &'a mut Source,
-    /// The names of the items that the visited one is in.
+    /// The names of the items around the visited one.
     within: Vec<String>,
 }
 
@@ -139,7 +139,7 @@ impl Finder<'_> {
         self.source.items.push(Item { path, first_line, last_line });
     }
 
-    /// Visits what is inside an item.
+    /// Visits the parts of an item.
     fn visit_inside(&mut self, item: &syn::Item, name: String) {
         self.within.push(name);
         visit::visit_item(self, item);
@@ -147,7 +147,7 @@ impl Finder<'_> {
     }
 }
 
-/// The name of an item, if it has one that its parts are called by.
+/// The name of an item, if it is part of the paths of its parts.
 fn ident_of(item: &syn::Item) -> Option<&syn::Ident> {
     match item {
         syn::Item::Const(it) => Some(&it.ident),
@@ -178,7 +178,7 @@ impl<'ast> Visit<'ast> for Finder<'_> {
                 if let syn::Type::Reference(reference) = ty {
                     ty = &reference.elem;
                 }
-                // Tuples and the like have no name.
+                // A tuple, for example, has no name.
                 let syn::Type::Path(ty) = ty else { return };
                 let ty = path_name(&ty.path);
                 if let Some((_, path, _)) = &it.trait_ {

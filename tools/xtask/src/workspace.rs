@@ -7,26 +7,26 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-/// All paths are relative to its root.
+/// The workspace. All paths are relative to its root.
 pub struct Workspace {
-    /// The root.
+    /// Its folder.
     pub root: PathBuf,
-    /// All files that git tracks or would track. So what is built is not among them.
+    /// All files that git tracks or would track, so without build output.
     pub files: Vec<String>,
 }
 
 impl Workspace {
-    /// The one of this package.
+    /// The workspace of this package.
     pub fn current() -> anyhow::Result<Self> {
-        // Set by cargo when it runs the program, so that the folder may be moved after a build.
+        // cargo sets this when it runs the program, so the folder may be moved after a build.
         let package = env::var_os("CARGO_MANIFEST_DIR").context("run it as `cargo xtask`")?;
-        // A workspace has one lock file, in its root.
+        // A workspace has one lock file, at its root.
         let mut folders = Path::new(&package).ancestors();
         let root = folders.find(|folder| folder.join("Cargo.lock").is_file());
         Self::at(root.context("no Cargo.lock above this package")?)
     }
 
-    /// The one with this root.
+    /// The workspace with this root.
     pub fn at(root: &Path) -> anyhow::Result<Self> {
         let output = Command::new("git")
             // The clone may belong to another user.
@@ -38,7 +38,7 @@ impl Workspace {
         ensure!(output.status.success(), "git: {}", String::from_utf8_lossy(&output.stderr));
         let output = String::from_utf8(output.stdout)?;
         let mut files: Vec<String> = output.split_terminator('\0').map(str::to_owned).collect();
-        // Without those whose deletion is not committed yet.
+        // A file may be deleted without a commit yet.
         files.retain(|file| root.join(file).exists());
         files.sort();
         Ok(Self { root: root.to_owned(), files })
@@ -54,13 +54,13 @@ impl Workspace {
         fs::read_to_string(self.root.join(path)).with_context(|| path.to_owned())
     }
 
-    /// The files that begin and end so.
+    /// The files whose paths have this start and this end.
     pub fn files<'a>(&'a self, start: &'a str, end: &'a str) -> impl Iterator<Item = &'a str> {
         let files = self.files.iter().map(String::as_str);
         files.filter(move |file| file.starts_with(start) && file.ends_with(end))
     }
 
-    /// The pages: README.md, and all of docs.
+    /// The pages: README.md and all of docs.
     pub fn pages(&self) -> impl Iterator<Item = &str> {
         self.files("README.md", "").chain(self.files("docs/", ".md"))
     }
@@ -71,7 +71,7 @@ impl Workspace {
     }
 }
 
-/// The path of what `to` names in a page: `docs/src/v02.md` for `./v02.md` in `docs/src/v01.md`.
+/// Resolves the path `to` in a page: `./v02.md` in `docs/src/v01.md` is `docs/src/v02.md`.
 pub fn beside(page: &str, to: &str) -> anyhow::Result<String> {
     let mut path = PathBuf::from(page);
     path.pop();
@@ -90,7 +90,7 @@ pub fn beside(page: &str, to: &str) -> anyhow::Result<String> {
 pub mod tests {
     use super::*;
 
-    /// A repository with these files, not committed.
+    /// A repository with these files, uncommitted.
     pub fn repository(files: &[(&str, &str)]) -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         for (name, text) in files {
