@@ -9,6 +9,8 @@
 //!
 //! <!-- end of figures -->
 //! ```
+//!
+//! `figures: cpu, images/costs-cpu.svg` draws the table as a bar chart as well.
 
 use std::ops::Range;
 
@@ -56,7 +58,10 @@ fn tables(
                     (kind, args) if kind == "figures" || kind.starts_with("reading") => {
                         ensure!(start.is_none(), "line {line}: a table before the end of another");
                         let table = match kind {
-                            "figures" => report.table(args).context("no such table"),
+                            "figures" => {
+                                let name = args.split(", ").next().unwrap_or(args);
+                                report.table(name).context("no such table")
+                            }
                             _ => reading(kind, args, sources),
                         };
                         let table = table.with_context(|| format!("line {line}: {args}"))?;
@@ -98,6 +103,12 @@ fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String>
         ensure!(total <= limit.parse()?, "{total} lines to read, more than {limit}");
     }
     Ok(table + &format!("| in all | {total} | |\n"))
+}
+
+/// The tables that are drawn as well, and the pictures that they are drawn in.
+pub fn charts(page: &str) -> impl Iterator<Item = (&str, &str)> {
+    let comments = page.lines().filter_map(|line| line.strip_prefix("<!-- figures: "));
+    comments.filter_map(|comment| comment.strip_suffix(" -->")?.split_once(", "))
 }
 
 /// What should be in a block, unless that is up to its page.

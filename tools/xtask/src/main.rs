@@ -2,10 +2,12 @@
 
 mod answers;
 mod blocks;
+mod chart;
 mod console;
 mod mentions;
 mod pages;
 mod phrases;
+mod picture;
 mod sequence;
 mod sources;
 mod workspace;
@@ -86,12 +88,26 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
         let page = workspace.read(path)?;
         let page = blocks::refresh(&page, &sources, &report).with_context(|| path.to_owned())?;
         for block in pages::blocks(&page) {
-            let Some(name) = block.comment_of("sequence") else { continue };
-            let svg =
-                sequence::draw(block.body).with_context(|| format!("{path}: {}", block.place()))?;
+            let Some(args) = block.comment_of("sequence") else { continue };
+            let (name, bytes) = args.split_once(", ").unwrap_or((args, ""));
+            let svg = sequence::draw(picture::id(name), bytes, block.body)
+                .with_context(|| format!("{path}: {}", block.place()))?;
+            files.insert(beside(path, name)?, svg);
+        }
+        for (table, name) in blocks::charts(&page) {
+            let table = report.table(table).with_context(|| format!("no table {table:?}"))?;
+            let svg = chart::draw(picture::id(name), &table).with_context(|| name.to_owned())?;
             files.insert(beside(path, name)?, svg);
         }
         files.insert(path.to_owned(), page);
+    }
+    for path in workspace.files("docs/", ".svg") {
+        if !files.contains_key(path) {
+            files.insert(path.to_owned(), workspace.read(path)?);
+        }
+    }
+    for (path, svg) in files.iter_mut().filter(|(path, _)| path.ends_with(".svg")) {
+        *svg = picture::with_style(svg).with_context(|| path.clone())?;
     }
     files.retain(|path, text| workspace.read(path).ok().as_ref() != Some(text));
     let stale = files.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
@@ -153,10 +169,16 @@ mod tests {
         <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
+        <!-- figures: cpu, bars.svg -->\n\n<!-- end of figures -->\n\n![b](bars.svg)\n\n\
         <!-- reading, at most 6: common/src/lib.rs -->\n\n<!-- end of reading -->\n";
 
-    const FIGURES: &str = r#"{"rounds": 1, "seconds": 1.0, "servers": ["floor"], "scenarios": [],
-        "loads": [], "idle": [], "calls": [], "machine": {"processor": "P", "processors": 2,
+    const FIGURES: &str = r#"{"rounds": 1, "seconds": 1.0, "servers": ["floor", "peer"],
+        "scenarios": ["1x1x64"], "loads": [
+            {"server": "floor", "scenario": "1x1x64", "round": 0, "rate": 1, "cpu_ns": 1000,
+                "p50_us": 1, "p99_us": 1, "p999_us": 1, "beside": 0},
+            {"server": "peer", "scenario": "1x1x64", "round": 0, "rate": 1, "cpu_ns": 1500,
+                "p50_us": 1, "p99_us": 1, "p999_us": 1, "beside": 0}],
+        "idle": [], "calls": [], "machine": {"processor": "P", "processors": 2,
         "kernel": "K", "congestion_control": "C", "rustc": "R", "commit": "C"},
         "accepts": [{"server": "floor", "round": 0, "rate": 1234.5, "cpu_ns": 20000}]}"#;
 
@@ -178,7 +200,10 @@ mod tests {
             ("docs/names.txt", "epoll_wait # a call\n"),
             ("docs/phrases.txt", "# Phrases\nqu+x (a|the) way # how\n"),
             ("docs/src/answers/v01-1.patch", ""),
-            ("docs/src/drawn.svg", "<svg><text x=\"1\">call_it, then</text></svg>\n"),
+            (
+                "docs/src/drawn.svg",
+                "<svg id=\"drawn\"><style></style><text x=\"1\">call_it, then</text></svg>\n",
+            ),
             ("docs/src/v01.md", PAGE),
             ("docs/src/SUMMARY.md", "[Chapter](v01.md)\n"),
         ]);
@@ -205,6 +230,9 @@ mod tests {
             (page, "1,234", "1,235", stale),
             (page, "1 ready", "2 ready", "out of date: docs/src/s.svg;"),
             ("docs/src/s.svg", "1 ready", "2 ready", "out of date: docs/src/s.svg;"),
+            ("docs/src/bars.svg", "1.50", "1.40", "out of date: docs/src/bars.svg;"),
+            ("docs/src/drawn.svg", "#drawn text", "#drawn", "out of date: docs/src/drawn.svg;"),
+            ("docs/src/drawn.svg", " id=\"drawn\"", "", "docs/src/drawn.svg: it has no id"),
             ("common/src/lib.rs", "Doc", "Docs", stale),
             ("tools/bench/figures.json", "1234.5", "1240.5", stale),
             // Blocks and comments.

@@ -1,96 +1,136 @@
 //! A server's trace as a sequence diagram: what calls what, in the order in which it happened.
 //!
-//! The trace is a console block of the page, under a comment `sequence: FILE`.
+//! The trace is a console block of the page, under a comment `sequence: FILE, BYTES`. BYTES is how the
+//! picture shows the bytes that the client sends and gets back.
 
 use std::fmt::Write;
 
 use anyhow::{Context, ensure};
 
-/// The three participants, from left to right, and where each has its line.
-const KERNEL: i32 = 60;
-const LOOP: i32 = 200;
-const CALLBACKS: i32 = 385;
+use crate::picture;
 
-const WIDTH: i32 = 445;
-const TOP: i32 = 52;
+/// The four participants, from left to right, and where each has its line.
+const CLIENT: i32 = 50;
+const KERNEL: i32 = 158;
+const LOOP: i32 = 254;
+const CALLBACKS: i32 = 372;
+
+const WIDTH: i32 = 424;
+const TOP: i32 = 58;
 const STEP: i32 = 30;
+/// For text below an arrow.
+const LINE: i32 = 12;
 
 /// What one line of the trace is in the picture.
 #[derive(Debug, PartialEq, Eq)]
 enum Event {
-    /// A call from one to another, or what it returns.
+    /// A call from one to another, or what comes back. The second line of the text is below the arrow.
     Arrow { from: i32, to: i32, text: String, returns: bool },
     /// Something that the callbacks find out for themselves.
     Note(String),
 }
 
+impl Event {
+    fn is_of_two_lines(&self) -> bool {
+        matches!(self, Event::Arrow { text, .. } if text.contains('\n'))
+    }
+}
+
 /// The SVG of a session's trace; an error if it has none.
-pub fn draw(session: &str) -> anyhow::Result<String> {
-    let events = events(session);
+pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
+    const TITLE: &str = "The trace of the session as a sequence diagram";
+    const DESC: &str = "From left to right the client, the kernel, the EventLoop and the callbacks, each with a \
+        line along which time goes down. The arrows are the lines of the trace, in their order. Bars on the \
+        line of the EventLoop are the time that it waits in epoll_wait.";
+    let events = events(session, bytes);
     ensure!(!events.is_empty(), "there is no trace in it");
-    let height = TOP + STEP * i32::try_from(events.len()).context("a short trace")? + 20;
-    let mut svg = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
-         height=\"{height}\" role=\"img\" font-family=\"system-ui, sans-serif\" font-size=\"12\">\n\
-         <title>The trace of a session as a sequence diagram</title>\n\
-         <!-- Drawn by `cargo xtask docs` from the trace in the page. -->\n\
-         <rect width=\"{WIDTH}\" height=\"{height}\" rx=\"10\" fill=\"#fbfaf7\" stroke=\"#c9c4b8\"/>\n\
-         <defs><marker id=\"head\" viewBox=\"0 0 8 8\" refX=\"7\" refY=\"4\" markerWidth=\"8\" \
-         markerHeight=\"8\" orient=\"auto\"><path d=\"M0 0L8 4L0 8z\" fill=\"#33415c\"/></marker></defs>\n"
-    );
-    for (at, name, fill) in [
-        (KERNEL, "kernel", "#e4e1d8"),
-        (LOOP, "EventLoop", "#d3e3f5"),
-        (CALLBACKS, "callbacks", "#d8ecd9"),
+    let steps = i32::try_from(events.len()).context("a short trace")?;
+    let lines = events.iter().filter(|event| event.is_of_two_lines()).count();
+    let height = TOP + STEP * steps + LINE * i32::try_from(lines)? + 30;
+    let mut svg = picture::start(id, TITLE, DESC, WIDTH, height);
+    for (at, name, class) in [
+        (CLIENT, "client", "client"),
+        (KERNEL, "kernel", "kernel"),
+        (LOOP, "EventLoop", "loop"),
+        (CALLBACKS, "callbacks", "code"),
     ] {
         writeln!(
             svg,
-            "<path d=\"M{at} 40V{}\" stroke=\"#c9c4b8\" stroke-dasharray=\"3 3\"/>\
-             <rect x=\"{}\" y=\"14\" width=\"92\" height=\"26\" rx=\"6\" fill=\"{fill}\" stroke=\"#33415c\"/>\
-             <text x=\"{at}\" y=\"31\" text-anchor=\"middle\" fill=\"#1d2433\">{name}</text>",
-            height - 12,
-            at - 46
+            "  <path class=\"life\" d=\"M{at} 40V{}\"/>\
+             <rect class=\"{class}\" x=\"{}\" y=\"14\" width=\"80\" height=\"26\" rx=\"6\"/>\
+             <text class=\"mid\" x=\"{at}\" y=\"31\">{name}</text>",
+            height - 34,
+            at - 40
         )?;
     }
-    for (number, event) in (1..).zip(&events) {
-        let y = TOP + STEP * number - 4;
+    // Where the last call of epoll_wait is, which is drawn as a bar when it returns.
+    let mut called = 0;
+    let mut y = TOP;
+    for event in &events {
         match event {
             Event::Arrow { from, to, text, returns } => {
-                let inset = if from < to { 2 } else { -2 };
-                let dashes = if *returns { " stroke-dasharray=\"5 3\"" } else { "" };
+                if (*from, *to) == (LOOP, KERNEL) {
+                    called = y;
+                } else if (*from, *to) == (KERNEL, LOOP) {
+                    write!(
+                        svg,
+                        "  <rect class=\"loop\" x=\"{}\" y=\"{called}\" width=\"10\" height=\"{}\"/>{}",
+                        LOOP - 5,
+                        y - called,
+                        label("", LOOP + 10, (called + y) / 2 + 4, "waiting in epoll_wait")
+                    )?;
+                }
+                let inset = if from < to { 6 } else { -6 };
+                let class = if *returns { "data" } else { "call" };
+                let (above, below) = text.split_once('\n').unwrap_or((text, ""));
+                let middle = (from + to) / 2;
                 writeln!(
                     svg,
-                    "<path d=\"M{} {y}H{}\" stroke=\"#33415c\"{dashes} marker-end=\"url(#head)\"/>{}",
+                    "  <path class=\"{class}\" d=\"M{} {y}H{}\"/>{}{}",
                     from + inset,
                     to - inset,
-                    label((from + to) / 2, y - 5, text)
+                    label("mid ", middle, y - 6, above),
+                    label("mid ", middle, y + 15, below)
                 )?;
             }
             Event::Note(text) => {
-                writeln!(svg, "{}", label(CALLBACKS - 40, y - 2, text))?;
+                writeln!(svg, "  {}", label("mid ", CALLBACKS - 40, y + 2, text))?;
             }
         }
+        y += STEP + if event.is_of_two_lines() { LINE } else { 0 };
     }
-    Ok(svg + "</svg>\n")
+    writeln!(
+        svg,
+        "  {}\n</svg>",
+        label(
+            "small mid ",
+            WIDTH / 2,
+            height - 13,
+            "A client's step is drawn in the wait that it ends, but may have come earlier."
+        )
+    )?;
+    Ok(svg)
 }
 
-/// Text with an outline, since the line of the participant in the middle may cross it.
-fn label(x: i32, y: i32, text: &str) -> String {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace("->", "\u{2192}");
-    format!(
-        "<text x=\"{x}\" y=\"{y}\" text-anchor=\"middle\" fill=\"#1d2433\" stroke=\"#fbfaf7\" \
-         stroke-width=\"4\" paint-order=\"stroke\">{text}</text>"
-    )
+/// Text with an outline, since the lines of participants may cross it.
+fn label(class: &str, x: i32, y: i32, text: &str) -> String {
+    if text.is_empty() {
+        return String::new();
+    }
+    let text = picture::escape(text).replace("->", "\u{2192}");
+    format!("<text class=\"{class}over\" x=\"{x}\" y=\"{y}\">{text}</text>")
 }
 
 fn arrow(from: i32, to: i32, text: &str, returns: bool) -> Event {
     Event::Arrow { from, to, text: text.to_owned(), returns }
 }
 
-fn events(session: &str) -> Vec<Event> {
+fn events(session: &str, bytes: &str) -> Vec<Event> {
     let mut events: Vec<Event> = Vec::new();
     // Drawn with the next line, which says what is called.
     let mut ready = String::new();
+    // Where the last wait returned. What the client did to end it shows in the lines after that.
+    let mut woken = 0;
     // How a server starts and stops is not drawn.
     for line in session.lines().take_while(|line| *line != "^C") {
         let Some((_, line)) = line.split_once("TRACE ").or(line.split_once("DEBUG ")) else {
@@ -99,27 +139,41 @@ fn events(session: &str) -> Vec<Event> {
         if events.is_empty() && !line.starts_with("epoll_wait") {
             continue;
         }
-        events.push(if line.starts_with("epoll_wait") {
-            arrow(KERNEL, LOOP, line, true)
+        let mut client_does = |text: &str| {
+            events.insert(woken, arrow(CLIENT, KERNEL, text, false));
+            woken += 1;
+        };
+        if let Some(count) = line.strip_prefix("epoll_wait: ") {
+            events.push(arrow(LOOP, KERNEL, "epoll_wait", false));
+            woken = events.len();
+            events.push(arrow(KERNEL, LOOP, count, true));
         } else if let Some((fd, flags)) = line.split_once(" is ready: ") {
-            ready = format!("{fd}, {flags}: ");
-            continue;
+            ready = format!("{fd}, {flags}\n");
         } else if line.ends_with("_callback") {
-            arrow(LOOP, CALLBACKS, &(std::mem::take(&mut ready) + line), false)
-        } else if line.starts_with("epoll_ctl") || line.starts_with("write: ") {
-            arrow(CALLBACKS, KERNEL, line, false)
-        } else if line.starts_with("read: ") {
+            events.push(arrow(LOOP, CALLBACKS, &(std::mem::take(&mut ready) + line), false));
+        } else if line.starts_with("epoll_ctl") {
+            events.push(arrow(CALLBACKS, KERNEL, line, false));
+        } else if let Some(write) = line.strip_prefix("write: ") {
+            let count = write.split(' ').next().unwrap_or_default();
+            events.push(arrow(CALLBACKS, KERNEL, line, false));
+            events.push(arrow(KERNEL, CLIENT, &format!("gets {count} bytes\n{bytes}"), true));
+        } else if let Some(read) = line.strip_prefix("read: ") {
+            let count = read.split(' ').next().unwrap_or_default();
+            if count != "0" {
+                client_does(&format!("sends {count} bytes\n{bytes}"));
+            } else if !line.ends_with("discarded") {
+                client_does("closes its side\nFIN");
+            }
             let text = line.split(" into ").next().unwrap_or(line);
-            arrow(KERNEL, CALLBACKS, text, true)
+            events.push(arrow(KERNEL, CALLBACKS, text, true));
         } else if let Some((_, what)) = line.split_once(": connected, ") {
-            arrow(KERNEL, CALLBACKS, &format!("accept: {what}"), true)
+            client_does("connects");
+            events.push(arrow(KERNEL, CALLBACKS, &format!("accept: {what}"), true));
         } else if line.ends_with(": closed") {
-            Event::Note("the client has closed".to_owned())
+            events.push(Event::Note("the client has closed".to_owned()));
         } else if line.starts_with("message: ") {
-            Event::Note(line.to_owned())
-        } else {
-            continue;
-        });
+            events.push(Event::Note(line.to_owned()));
+        }
     }
     events
 }
@@ -129,27 +183,49 @@ fn events(session: &str) -> Vec<Event> {
 mod tests {
     use super::*;
 
-    const SESSION: &str = "$ RUST_LOG=trace cargo run -q -p reactor-v03\n   \
+    const SESSION: &str = "# terminal 1\n$ RUST_LOG=trace cargo run -q -p reactor-v03\n   \
         0.000254341s  INFO listening on 127.0.0.1:7777\n   \
-        0.000262364s TRACE epoll_ctl: add fd 7, IN\n   \
+        0.000262364s TRACE epoll_ctl: add fd 7, IN\n\
+        # terminal 2\n$ echo hello | nc -N 127.0.0.1 7777\n\
+        # terminal 1\n   \
         0.706871847s TRACE epoll_wait: 1 ready\n   \
         0.706941936s TRACE fd 7 is ready: IN\n   \
         0.706950601s TRACE accept_callback\n   \
-        0.707345785s DEBUG 127.0.0.1:46242: connected, fd 8\nhello\n";
+        0.707345785s DEBUG 127.0.0.1:46242: connected, fd 8\n   \
+        0.708145785s TRACE epoll_wait: 1 ready\n   \
+        0.708445785s TRACE read: 6 bytes from fd 8 into IoBuf { head: 0, len: 6, capacity: 4096 }\n   \
+        0.708545785s TRACE write: 6 of 6 bytes to fd 8\nhello\n   \
+        0.708645785s TRACE epoll_wait: 1 ready\n   \
+        0.708745785s TRACE read: 0 bytes from fd 8 into IoBuf { head: 0, len: 0, capacity: 4096 }\n   \
+        0.708845785s TRACE read: 0 bytes from fd 8, discarded\n^C\n   \
+        0.808845785s TRACE epoll_wait: 1 ready\n";
 
     #[test]
     fn a_trace_is_drawn_step_by_step() {
         let expected = [
-            arrow(KERNEL, LOOP, "epoll_wait: 1 ready", true),
-            arrow(LOOP, CALLBACKS, "fd 7, IN: accept_callback", false),
+            arrow(LOOP, KERNEL, "epoll_wait", false),
+            arrow(CLIENT, KERNEL, "connects", false),
+            arrow(KERNEL, LOOP, "1 ready", true),
+            arrow(LOOP, CALLBACKS, "fd 7, IN\naccept_callback", false),
             arrow(KERNEL, CALLBACKS, "accept: fd 8", true),
+            arrow(LOOP, KERNEL, "epoll_wait", false),
+            arrow(CLIENT, KERNEL, "sends 6 bytes\n\"hello\\n\"", false),
+            arrow(KERNEL, LOOP, "1 ready", true),
+            arrow(KERNEL, CALLBACKS, "read: 6 bytes from fd 8", true),
+            arrow(CALLBACKS, KERNEL, "write: 6 of 6 bytes to fd 8", false),
+            arrow(KERNEL, CLIENT, "gets 6 bytes\n\"hello\\n\"", true),
+            arrow(LOOP, KERNEL, "epoll_wait", false),
+            arrow(CLIENT, KERNEL, "closes its side\nFIN", false),
+            arrow(KERNEL, LOOP, "1 ready", true),
+            arrow(KERNEL, CALLBACKS, "read: 0 bytes from fd 8", true),
+            arrow(KERNEL, CALLBACKS, "read: 0 bytes from fd 8, discarded", true),
         ];
-        assert_eq!(events(SESSION), expected);
+        assert_eq!(events(SESSION, "\"hello\\n\""), expected);
     }
 
     #[test]
     fn times_and_ports_do_not_change_the_picture() {
-        let other = SESSION.replace("0.706", "3.9").replace("46242", "1").replace("7777", "2");
-        assert_eq!(draw(SESSION).unwrap(), draw(&other).unwrap());
+        let other = SESSION.replace("0.70", "3.9").replace("46242", "1").replace("7777", "2");
+        assert_eq!(draw("a", "", SESSION).unwrap(), draw("a", "", &other).unwrap());
     }
 }
