@@ -598,7 +598,14 @@ later_chapter() { # CHAPTER
     done
 }
 
-# ---- Chapters 3 and 4 under churn ----------------------------------------------------------------
+# ---- Many clients, from chapter 3 on -------------------------------------------------------------
+
+check_crowd() { # CHAPTER
+    code=0
+    limited "$CARGO_LIMIT" "$ROOT/scripts/crowd.sh" 200 "$1" >out 2>err || code=$?
+    expect_code 0
+    grep -q '^echoed  *200 of 200,' out || fail 'expected: 200 of 200 are served' "came: $(excerpt out)"
+}
 
 check_soak() { limited "$CARGO_LIMIT" "$ROOT/scripts/soak.sh" 0.17; }
 
@@ -748,6 +755,9 @@ main() {
         fi
     done
     if (($# == 0)); then
+        for chapter in "${CHAPTERS[@]:2}"; do
+            check "$chapter" 'crowd: 200 clients at the same time' check_crowd "$chapter"
+        done
         check all 'soak: ten seconds of churn' check_soak
     fi
     summary
