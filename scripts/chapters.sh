@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# The chapters, for the scripts that go through them; to be sourced, with the root of the workspace as
-# the working directory. A chapter is a folder reactor-*, and goes by what is after the hyphen.
+# The list of chapters, for other scripts to source from the root of the workspace. A chapter is a folder
+# reactor-*; its name is the part after the hyphen.
 
-# All of them in their order, one a line: v01, v02, ..., v04-client, ...
+# All chapters in order, one per line: v01, v02, ..., v04-client, ...
 chapters() {
     local folder
     for folder in reactor-*/; do
@@ -11,11 +11,11 @@ chapters() {
     done | LC_ALL=C sort
 }
 
-# Those that are a server, and so the main line: v01, v02, ... without v04-client.
+# The servers only, which are the main line: v01, v02, ... without v04-client.
 servers() { chapters | grep -v -; }
 
-# predecessor CHAPTER: the one that it is compared with, or nothing. That is v04 for v04-client, and the
-# server before it for a server.
+# predecessor CHAPTER: the chapter to compare it with, or nothing. For v04-client that is v04; for a
+# server, the server before it.
 predecessor() {
     case $1 in
         *-*) printf '%s\n' "${1%%-*}" ;;

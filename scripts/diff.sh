@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What changed from one chapter to a later one: the files of both, and what is new in common. In colour
-# on a terminal.
+# Shows what changed from one chapter to a later one: the diff of their files, and what is new in common.
+# In colour on a terminal.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -13,12 +13,12 @@ usage() {
 Usage: scripts/diff.sh FROM TO
        scripts/diff.sh --stat
 
-Shows what changed from one chapter to a later one: ${CHAPTERS[*]}.
+Shows what changed from one chapter to a later one (${CHAPTERS[*]}).
 With --stat, shows how many lines each chapter changed, and how many it has.
 END
 }
 
-# The place of a chapter in the list.
+# The index of a chapter in the list.
 place_of() {
     local n
     for n in "${!CHAPTERS[@]}"; do
@@ -27,11 +27,11 @@ place_of() {
             return
         fi
     done
-    printf 'diff.sh: there is no chapter %s\n' "$1" >&2
+    printf 'diff.sh: no such chapter: %s\n' "$1" >&2
     exit 2
 }
 
-# One row for each step. Programs beside the server, in src/bin, do not count.
+# One row for each step. Other programs than the server, in src/bin, do not count.
 show_stat() {
     local before chapter changed lines
     printf '%-18s  %7s  %5s\n' step changed lines
@@ -59,7 +59,7 @@ fi
 from=$(place_of "$1")
 to=$(place_of "$2")
 if ((from >= to)); then
-    printf 'diff.sh: %s does not come after %s\n' "$2" "$1" >&2
+    printf 'diff.sh: %s is not later than %s\n' "$2" "$1" >&2
     exit 2
 fi
 
@@ -68,7 +68,7 @@ if [[ -t 1 && -z ${NO_COLOR-} ]]; then
     color=always
 fi
 
-# Exits with 1 when there is a difference, as there should be.
+# git diff exits with 1 when there is a difference, which is expected.
 compare() {
     git --no-pager diff --no-index --no-ext-diff --color="$color" "$@" || (($? == 1))
 }
@@ -82,7 +82,7 @@ show() {
                 compare /dev/null "$file"
             fi
         done
-        # In files that were there before: the line of the item below each comment that says so.
+        # In files that existed before: the first line of each item whose comment has the tag.
         awk -v tag="(since $chapter)" '
             FNR == 1 { new = 0 }
             /^\/\/!/ && index($0, tag) { new = 1 }
@@ -103,5 +103,5 @@ if [[ $color == always ]]; then
         pager='less -RFX'
     fi
 fi
-# A pager that is quit early closes the pipe, which is no failure.
+# Quitting the pager early closes the pipe, which is not an error.
 show "$@" | ${pager:-cat} || (($? == 141))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs those of Debian's packages that are named and missing, as root or by sudo.
+# Installs Debian packages, unless they are installed already. Uses sudo if not run as root.
 set -euo pipefail
 
 usage='Usage: scripts/install.sh PACKAGE...'
@@ -16,7 +16,7 @@ done
 if ((${#missing[@]} > 0)); then
     root=()
     if ((EUID != 0)); then
-        # There may be no terminal to type a password in.
+        # Fails instead of asking for a password: there may be no terminal.
         root=(sudo -n)
     fi
     printf 'installing %s\n' "${missing[*]}" >&2

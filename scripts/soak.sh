@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Keeps the chapters from the third on under churn for MINUTES (default 2): hundreds of clients that
-# connect, talk, half-close, stall, reset and send garbage at random, every echoed byte verified. Then
-# stops each of them 500 times (10 times if MINUTES is below 1) while clients keep sending, none of
-# which may lose a reply. Ends with lines of figures, and fails on any difference.
+# Soak test for chapter 3 and later: for MINUTES (default 2), hundreds of clients connect, talk,
+# half-close, stall, reset and send garbage at random. Every echoed byte is verified. Then each server
+# is stopped 500 times (10 times if MINUTES is below 1) while clients keep sending, and none of them may
+# lose a reply. Ends with a summary, and fails on any difference.
 set -euo pipefail
 
 usage="usage: scripts/soak.sh [MINUTES] [SEED]   (MINUTES may be a fraction; SEED repeats a run)"
@@ -28,6 +28,6 @@ for chapter in $(servers | awk '$0 >= "v03"'); do
     programs+=("$target/reactor-$chapter")
 done
 cargo build --quiet --release --locked "${packages[@]}" -p harness
-# The chapters, and no other program.
+# REACTOR_CMD would replace the chapters by another program.
 unset REACTOR_CMD
 "$target/soak" "${programs[@]}" --seconds "$seconds" --seed "$seed" --stops "$stops"

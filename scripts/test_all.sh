@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Builds the chapters, runs their own tests, and then tries each one from outside, as a learner
-# would: with every netcat there is, with the client of chapter 4, with Ctrl-C and with mistakes.
+# Builds the chapters, runs their tests, and then tries each one from outside, as a learner would:
+# with every netcat that is installed, with the client of chapter 4, with Ctrl-C and with mistakes.
 #
-# Each check runs in a subshell and a directory of its own, with a server of its own on a free port.
-# Everything that takes time runs in the background and is waited for: bash runs a trap at once in
-# `wait`, but otherwise not before the command that it waits for has ended.
+# Each check has a subshell, a directory and a server on a free port of its own. Anything slow runs in
+# the background under `wait`: there bash runs a trap at once, but during a foreground command only
+# when that has ended.
 set -euo pipefail
 
 usage() {
     cat <<END
 Usage: scripts/test_all.sh [CHAPTER]...
 
-Builds and tests the chapters that are named, of ${CHAPTERS[*]}, or all of them.
-The client of a chapter is tested with it.
+Builds and tests the given chapters (of ${CHAPTERS[*]}), or all of them.
+A chapter's client is tested along with it.
 
        REACTOR_CMD='./mine --addr {addr}' scripts/test_all.sh CHAPTER...
 
-Runs the tests from outside of the chapters that are named against another server, in any language.
-For {addr} its command gets a HOST:PORT to listen on. Tests that read the chapter's log or its
-messages are skipped, and named. The command is one that \`exec\` takes, without a second process in
-between: tests send it signals and look at its memory and its fds.
+Runs the black-box tests of the given chapters against another server, in any language.
+{addr} in its command is replaced by the HOST:PORT to listen on. Tests that read the chapter's log
+or its messages are skipped and listed. The command must be one that \`exec\` can run, without a wrapper
+process: the tests send signals to it and look at its memory and fds.
 END
 }
 
-# Seconds that a step may take: far more than it does, so that only what hangs gets there.
+# Time limits for a step, in seconds: far more than it needs, so that only a hang reaches them.
 readonly LIMIT=20
 readonly CARGO_LIMIT=3600
-# Seconds to look on when nothing should happen.
+# How long to watch when nothing should happen, in seconds.
 readonly QUIET=1
 
-# A whole message of chapter 4, in the spelling of printf: id 1, length 3, payload. To v02 and v03 it is
-# some bytes like any others.
+# A complete message of chapter 4, in printf notation: id 1, length 3, payload. For v02 and v03 these are
+# bytes like any others.
 readonly FRAME='\x01\x00\x00\x00\x03\x00\x00\x00hi\n'
 readonly CALLER=$PWD
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
@@ -39,7 +39,7 @@ readonly ROOT=$PWD
 source scripts/chapters.sh
 mapfile -t CHAPTERS < <(servers)
 
-# What the checks read on stderr depends on the first, what the tools say on the second.
+# RUST_LOG changes what the checks read on stderr, LC_ALL what the tools print.
 unset RUST_LOG
 export LC_ALL=C
 
@@ -59,9 +59,9 @@ die() {
     exit 1
 }
 
-# ---- Waiting, and ending what was started --------------------------------------------------------
+# ---- Waiting, and stopping background jobs -------------------------------------------------------
 
-# within SECONDS COMMAND...: tries until it succeeds, for that long at least.
+# within SECONDS COMMAND...: retries the command until it succeeds, for at least that long.
 within() {
     local end=$((SECONDS + $1))
     shift
@@ -71,14 +71,14 @@ within() {
     done
 }
 
-# background SECONDS COMMAND...: starts it with a time limit; its pid is $!.
-# `timeout` gives it a process group of its own and hands a signal on to the whole group.
+# background SECONDS COMMAND...: starts the command with a time limit; its pid is $!.
+# `timeout` gives it its own process group and passes signals on to the whole group.
 background() {
     # Without a redirection bash gives a background command /dev/null to read.
     timeout -k 2 "$@" <&0 &
 }
 
-# limited SECONDS COMMAND...: runs it with a time limit; the code is 124 if that was reached.
+# limited SECONDS COMMAND...: runs the command with a time limit; the exit code is 124 at the limit.
 limited() {
     background "$@"
     wait $!
@@ -86,10 +86,10 @@ limited() {
 
 nothing_runs() { [[ -z $(jobs -rp) ]]; }
 
-# stop_jobs SECONDS: ends what this shell has started and no other process, the hard way after a while.
+# stop_jobs SECONDS: ends the jobs of this shell, and no other process; kills them after that time.
 stop_jobs() {
     local pids
-    # Not to be interrupted in its turn.
+    # A second signal must not interrupt this.
     trap '' HUP INT PIPE TERM
     mapfile -t pids < <(jobs -rp)
     ((${#pids[@]} == 0)) || kill "${pids[@]}" || true
@@ -101,15 +101,14 @@ stop_jobs() {
 } 2>/dev/null
 
 clean_up() {
-    # The subshell of a check needs some time to stop what runs in it.
+    # The subshell of a check needs some time to stop its own jobs.
     stop_jobs 10
     [[ -z $scratch ]] || rm -rf "$scratch"
 }
 
-# ---- What must be there --------------------------------------------------------------------------
+# ---- Requirements --------------------------------------------------------------------------------
 
-# flavour_of PATH: tells the netcats apart by their help. There are others (busybox, GNU), which are
-# not used.
+# flavour_of PATH: detects the kind of netcat by its help. Others (busybox, GNU) are not used.
 flavour_of() {
     local help
     help=$(timeout 5 "$1" -h 2>&1 </dev/null) || true
@@ -137,7 +136,7 @@ find_netcats() {
     done
 }
 
-# Not in the background: apt-get should not be killed halfway.
+# In the foreground, because apt-get should not be killed halfway.
 install_netcat() {
     type -P apt-get >/dev/null || return 1
     echo 'no netcat found'
@@ -159,7 +158,7 @@ need_netcat() {
 
 # ---- Results -------------------------------------------------------------------------------------
 
-# Announces a row, which `record` completes.
+# Prints the start of a row, which `record` completes.
 begin() { printf '%-7s  %s ... ' "$1" "$2"; }
 
 record() { # CHAPTER NAME pass|FAIL
@@ -181,7 +180,7 @@ check() {
     mkdir "$dir"
     (
         trap 'stop_jobs 3' EXIT
-        # `exit` alone would not do: if the signal comes just as the trap above begins, it ends that one.
+        # `exit` alone is not enough: a signal during the trap above would end that trap early.
         trap 'stop_jobs 3; exit 143' TERM
         cd "$dir"
         "$@"
@@ -201,7 +200,7 @@ check() {
     rm -rf "$dir"
 }
 
-# Prints the table, and ends with code 1 if anything has failed.
+# Prints the table, and exits with 1 if any check has failed.
 summary() {
     local i width=0 failed=0 colour
     for i in "${!row_check[@]}"; do
@@ -219,14 +218,14 @@ summary() {
     ((failed == 0)) || exit 1
 }
 
-# ---- For use in a check --------------------------------------------------------------------------
+# ---- Helpers for checks --------------------------------------------------------------------------
 
 fail() {
     printf '%s\n' "$@"
     exit 1
 }
 
-# The beginning of a file, in a form that can be printed.
+# The beginning of a file, made printable.
 excerpt() {
     printf '%d bytes\n' "$(wc -c <"$1")"
     head -c 200 "$1" | tr -c ' -~\n' '?' | head -n 8 | indented
@@ -237,7 +236,7 @@ expect_same() {
     cmp -s "$1" "$2" || fail "expected: $(excerpt "$1")" "came: $(excerpt "$2")" "$(cmp "$1" "$2" 2>&1)"
 }
 
-# expect_lines FILE REGEX...: one line for each regex, in this order.
+# expect_lines FILE REGEX...: the file has one line per regex, in this order.
 expect_lines() {
     local file=$1 lines i=0 regex
     shift
@@ -249,7 +248,7 @@ expect_lines() {
     ((${#lines[@]} == $#)) || fail "expected: $# lines" "came: $(excerpt "$file")"
 }
 
-# run COMMAND...: leaves its output in the files out and err, and its exit code in $code.
+# run COMMAND...: saves the output in the files out and err, and the exit code in $code.
 run() {
     code=0
     limited "$LIMIT" "$@" >out 2>err || code=$?
@@ -259,7 +258,7 @@ expect_code() {
     ((code == $1)) || fail "expected: exit code $1" "came: exit code $code"
 }
 
-# start_server CHAPTER [PORT]: sets $server to its pid and $port to the port that it says it has.
+# start_server CHAPTER [PORT]: sets $server to its pid and $port to the port in its log.
 start_server() {
     "${binary[reactor-$1]}" --addr "127.0.0.1:${2-0}" </dev/null 2>server.log &
     server=$!
@@ -267,7 +266,7 @@ start_server() {
     [[ -n $port ]] || fail "expected: 'listening on 127.0.0.1:PORT' on stderr of reactor-$1"
 }
 
-# Either way it need not be waited for any more.
+# True once the server listens or has ended: there is nothing more to wait for.
 server_has_begun() {
     port=$(sed -n 's/.* listening on 127\.0\.0\.1:\([0-9][0-9]*\)$/\1/p' server.log)
     [[ -n $port ]] || has_ended "$server"
@@ -275,28 +274,28 @@ server_has_begun() {
 
 has_ended() { ! kill -0 "$1" 2>/dev/null; }
 
-# stop_server SIGNAL: sends it, waits for the end, and leaves the exit code in $code.
+# stop_server SIGNAL: sends the signal, waits until the server ends, and saves its exit code in $code.
 stop_server() {
     kill -s "$1" "$server"
-    within "$LIMIT" has_ended "$server" || fail "expected: SIG$1 ends the server" 'came: it still runs'
+    within "$LIMIT" has_ended "$server" || fail "expected: SIG$1 ends the server" 'came: it is still running'
     code=0
     wait "$server" || code=$?
 }
 
 # use_netcat NAME plain|close|stay: sets $nc to the command with its options.
-# When its input ends, `plain` does what this netcat likes; `close` closes the direction to the server
-# and waits for the server to close the other one; `stay` leaves both open until the server closes.
+# At the end of its input, `plain` leaves this netcat to its default; `close` half-closes the connection
+# and waits for the server to close; `stay` keeps it open until the server closes.
 use_netcat() {
     nc=("$1")
     case ${flavour[$1]}-$2 in
         openbsd-close) nc+=(-N) ;;
-        # It closes if it should end some time later, at the latest.
+        # With any limit on the time afterwards, it half-closes.
         traditional-close) nc+=(-q "$LIMIT") ;;
         ncat-stay) nc+=(--no-shutdown) ;;
     esac
 }
 
-# talk: sends the file sent with $nc, and what comes back is the file received.
+# talk: sends the file `sent` with $nc, and saves what comes back in the file `received`.
 talk() {
     local result=0
     limited "$LIMIT" "${nc[@]}" 127.0.0.1 "$port" <sent >received || result=$?
@@ -311,17 +310,17 @@ talk_result() {
     esac
 }
 
-# hold: connects a client with $nc that does not close. What goes to fd 3 is sent; what comes back is
-# in the file held; its pid is $held. It stays longer than anything else may take.
+# hold: connects a client with $nc that does not close, for longer than anything else may take. It sends
+# what is written to fd 3, and saves what comes back in the file `held`; its pid is $held.
 hold() {
     mkfifo held.in
-    # Opened for both, a fifo does not wait for the other end.
+    # Opened for reading and writing, a fifo does not wait for the other end.
     exec 3<>held.in
     background $((3 * LIMIT)) "${nc[@]}" 127.0.0.1 "$port" <held.in >held
     held=$!
 }
 
-# say TEXT: sends it by the client of hold, with the escapes of printf, and waits for the echo.
+# say TEXT: sends the text, with printf escapes, from the client of `hold`, and waits for the echo.
 say() {
     printf '%b' "$1" | tee -a said >&3
     within "$LIMIT" cmp -s said held || expect_same said held
@@ -348,13 +347,13 @@ check_version() { # PACKAGE
 check_not_an_address() { # PACKAGE
     run "${binary[$1]}" --addr nonsense
     expect_code 2
-    grep -q nonsense err || fail 'expected: the mistake on stderr' "came: $(excerpt err)"
+    grep -q nonsense err || fail 'expected: the invalid address on stderr' "came: $(excerpt err)"
 }
 
 program_checks() { # CHAPTER PACKAGE
     check "$1" "$2 --help" check_help "$2"
     check "$1" "$2 --version" check_version "$2"
-    check "$1" "$2 --addr nonsense ends with code 2" check_not_an_address "$2"
+    check "$1" "$2 --addr nonsense: exit code 2" check_not_an_address "$2"
 }
 
 # ---- Every server --------------------------------------------------------------------------------
@@ -366,7 +365,7 @@ check_busy_port() { # CHAPTER
     expect_lines err "127\.0\.0\.1:$port"
 }
 
-# With a client connected, since the kernel still remembers the connection when the server has gone.
+# With a client connected, because the kernel remembers the connection after the server has ended.
 check_signal() { # CHAPTER SIGNAL CODE
     start_server "$1"
     use_netcat "${netcats[0]}" stay
@@ -378,19 +377,19 @@ check_signal() { # CHAPTER SIGNAL CODE
     fi
     stop_server "$2"
     expect_code "$3"
-    # On the port that it had: this fails if it is not free.
+    # On the same port: this fails if the port is not free.
     start_server "$1" "$port"
 }
 
 server_checks() { # CHAPTER
     program_checks "$1" "reactor-$1"
-    check "$1" 'a busy port ends with code 1' check_busy_port "$1"
+    check "$1" 'a busy port: exit code 1' check_busy_port "$1"
     case $1 in
-        # SIGINT cannot be tried: bash lets its background commands ignore it.
-        v01 | v02) check "$1" 'SIGTERM ends it, port free at once' check_signal "$1" TERM 143 ;;
+        # SIGINT cannot be tested: bash starts background commands with SIGINT ignored.
+        v01 | v02) check "$1" 'SIGTERM ends it, and frees the port at once' check_signal "$1" TERM 143 ;;
         *)
-            check "$1" 'SIGTERM ends with code 0, port free at once' check_signal "$1" TERM 0
-            check "$1" 'SIGINT ends with code 0, port free at once' check_signal "$1" INT 0
+            check "$1" 'SIGTERM: exit code 0, and frees the port at once' check_signal "$1" TERM 0
+            check "$1" 'SIGINT: exit code 0, and frees the port at once' check_signal "$1" INT 0
             ;;
     esac
 }
@@ -423,7 +422,7 @@ chapter_v01() {
     for name in "${netcats[@]}"; do
         check v01 "$name: hello Lars" check_greeting "$name"
         check v01 "echo hi | $name: hello Lars" check_greeting "$name" $'hi\n'
-        check v01 "$name: one that stays does not block the next" check_bounded_wait "$name"
+        check v01 "$name: a client that stays does not block the next one" check_bounded_wait "$name"
     done
 }
 
@@ -455,7 +454,7 @@ check_second_waits() { # CHAPTER NETCAT
     background "$LIMIT" "${nc[@]}" 127.0.0.1 "$port" <sent >received
     second=$!
     if within "$QUIET" test -s received; then
-        fail 'expected: nothing for the second client while the first is there' "came: $(excerpt received)"
+        fail 'expected: nothing for the second client yet' "came: $(excerpt received)"
     fi
     say $'the first again\n'
     kill "$held"
@@ -493,7 +492,7 @@ chapter_v03() {
         check v03 "$name: echo of 1 MB" check_echo_bytes v03 "$name"
         check v03 "$name: the second client is served" check_second_is_served v03 "$name"
     done
-    check v03 'REACTOR_CMD: another program is tested' check_another_program
+    check v03 'REACTOR_CMD: tests another program' check_another_program
 }
 
 # ---- Chapter 4 -----------------------------------------------------------------------------------
@@ -552,10 +551,10 @@ check_no_server() {
     [[ ! -s out ]] || fail 'expected: nothing on standard output' "came: $(excerpt out)"
 }
 
-# Bytes 4 to 7 are the length: "text", little-endian, is 1954047348.
+# Bytes 4 to 7 are the length: "text" in little-endian is 1954047348.
 check_raw_text() { # CHAPTER NETCAT
     start_server "$1"
-    # The server must be the one that closes.
+    # The server must close first.
     use_netcat "$2" stay
     printf 'raw text\n' >sent
     talk
@@ -577,15 +576,15 @@ chapter_v04() {
     check v04 'client: --id -7' check_negative_id
     check v04 'client: lines of standard input' check_lines
     check v04 'client: 10,000 lines' check_many_lines
-    check v04 'client: no server ends with code 1' check_no_server
+    check v04 'client: no server: exit code 1' check_no_server
     for name in "${netcats[@]}"; do
         check v04 "$name: raw text is refused" check_raw_text v04 "$name"
     done
 }
 
-# ---- The chapters after it, as far as they have no rows of their own -----------------------------
+# ---- Later chapters without checks of their own --------------------------------------------------
 
-# They all speak in the messages of chapter 4.
+# They all use the messages of chapter 4.
 later_chapter() { # CHAPTER
     local name package
     server_checks "$1"
@@ -627,7 +626,7 @@ cargo_row() {
 }
 
 build() { # PACKAGE OPTIONS
-    # cargo says where it puts the programs: the user may have configured another place than target/.
+    # cargo reports the paths of the programs: the user may have configured another target directory.
     if ! cargo_row "cargo build" build --message-format=json-render-diagnostics "$@"; then
         summary
     fi
@@ -645,7 +644,7 @@ cargo_tests() { # PACKAGE OPTIONS
 
 # ---- Another program -----------------------------------------------------------------------------
 
-# The tests from outside, and nothing that needs the chapter itself: see tests/harness/src/lib.rs.
+# The black-box tests, without those that need the chapter itself: see tests/harness/src/lib.rs.
 other_program() {
     local chapter options
     # The command may be relative.
@@ -656,7 +655,7 @@ other_program() {
         cargo_row "cargo test --no-run --test $chapter" test --no-run "${options[@]}" || summary
         if ! cargo_row "tests/$chapter.rs: $REACTOR_CMD" test "${options[@]}" 2>"$scratch/err"; then
             sed -n '/^failures:/,$p' "$scratch/cargo" | indented
-            # Or why they did not run at all.
+            # Or the reason why no test has run.
             grep -v '^skipped: ' "$scratch/err" | indented || true
         fi
         grep '^skipped: ' "$scratch/err" | indented || true
@@ -667,7 +666,7 @@ other_program() {
     summary
 }
 
-# A test that looks for the log of the chapter is skipped, though there is one.
+# A test that reads the chapter's log is skipped, although this program has the same log.
 check_another_program() {
     printf '#!/bin/sh\ntouch used\nexec "%s" "$@"\n' "${binary[reactor-v03]}" >mine
     chmod +x mine
@@ -708,7 +707,7 @@ main() {
     done
 
     if [[ -n ${REACTOR_CMD-} && ($# -eq 0 || $REACTOR_CMD != *'{addr}'*) ]]; then
-        printf 'test_all.sh: REACTOR_CMD has to have {addr} in it, and needs the name of a chapter\n' >&2
+        printf 'test_all.sh: REACTOR_CMD must contain {addr}, and needs the name of a chapter\n' >&2
         usage >&2
         exit 2
     fi
@@ -738,7 +737,7 @@ main() {
                 packages+=(-p "$package")
             done
         done
-        # Later chapters are tried with it.
+        # Later chapters are tested with it.
         build_only=(-p reactor-v04-client)
     fi
 

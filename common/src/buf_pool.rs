@@ -1,4 +1,4 @@
-//! `BufPool`: blocks of memory in size classes, with a cap on their total (since v02).
+//! The buffer pool: reuses blocks of memory in fixed size classes, up to a cap (since v02).
 
 use std::cell::RefCell;
 use std::fmt;
@@ -17,13 +17,13 @@ pub const SIZE_CLASSES: [usize; 7] =
 /// The size of the largest block, in bytes: 8 MiB (since v02).
 pub const MAX_BLOCK: usize = 8 * MIB;
 
-/// How much memory has to be left for everything else, in bytes: small allocations abort the
-/// process when they fail.
+/// How much memory must stay free for everything else, in bytes: a small allocation that fails
+/// aborts the process.
 const RESERVE: usize = MIB;
 
 /// malloc(3) always maps an allocation of more than this, in bytes (mallopt(3), M_MMAP_THRESHOLD).
-/// Asking whether there is memory leaves no trace then; in the heap it would leave old memory for
-/// the block, which calloc(3) has to zero.
+/// A probe of that size leaves no trace. On the heap it would leave used memory for the block,
+/// which calloc(3) would have to zero.
 const BEYOND_HEAP: usize = 32 * MIB;
 
 /// Blocks of memory that are reused, so that a server in steady state allocates nothing
@@ -38,24 +38,24 @@ struct Blocks {
     cap: usize,
     in_use: usize,
     free: usize,
-    high_water: usize,
-    /// The free blocks of each class. The one given back last may still be in the processor's
-    /// cache, so it is the first to be reused.
+    peak: usize,
+    /// The free blocks of each class. The block returned last may still be in the CPU cache, so it
+    /// is reused first.
     classes: [Vec<Box<[u8]>>; SIZE_CLASSES.len()],
 }
 
 impl BufPool {
-    /// An empty pool that will hold at most `cap` bytes, in blocks in use and free ones together.
+    /// Creates an empty pool of at most `cap` bytes, blocks in use and free ones together.
     pub fn new(cap: usize) -> Self {
         let classes = Default::default();
-        Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, high_water: 0, classes })))
+        Self(Rc::new(RefCell::new(Blocks { cap, in_use: 0, free: 0, peak: 0, classes })))
     }
 
-    /// An empty buffer with room for at least `n` bytes, from the smallest class that fits.
+    /// Returns an empty buffer with room for at least `n` bytes, from the smallest class that fits.
     ///
     /// # Errors
-    /// [`PoolError`], which names the limit that was reached. The pool is then as it was, but has
-    /// no free blocks after [`PoolError::OutOfMemory`].
+    /// [`PoolError`], which names the limit that was reached. The pool is unchanged then, except
+    /// that [`PoolError::OutOfMemory`] leaves it without free blocks.
     pub fn alloc(&self, n: usize) -> Result<IoBuf, PoolError> {
         let class = SIZE_CLASSES.partition_point(|&size| size < n);
         if class == SIZE_CLASSES.len() {
@@ -65,15 +65,15 @@ impl BufPool {
         Ok(IoBuf::new(block, self.clone()))
     }
 
-    /// Takes a block back. It keeps its old bytes: an `IoBuf` shows only bytes written through it.
+    /// Takes a block back. Its old bytes stay: an `IoBuf` shows only bytes written through it.
     pub(crate) fn give_back(&self, block: Box<[u8]>) {
         self.0.borrow_mut().give_back(block);
     }
 
-    /// The figures at this moment.
+    /// The current figures.
     pub fn stats(&self) -> PoolStats {
-        let Blocks { cap, in_use, free, high_water, .. } = *self.0.borrow();
-        PoolStats { cap, in_use, free, high_water }
+        let Blocks { cap, in_use, free, peak, .. } = *self.0.borrow();
+        PoolStats { cap, in_use, free, peak }
     }
 }
 
@@ -91,7 +91,7 @@ impl Blocks {
                 }
                 self.make_room_for(size);
                 allocate(size, BEYOND_HEAP).or_else(|_| {
-                    // The free blocks of other classes may be what is missing.
+                    // Free blocks of other classes may hold that memory: free them, try again.
                     self.classes = Default::default();
                     self.free = 0;
                     allocate(size, RESERVE)
@@ -99,7 +99,7 @@ impl Blocks {
             }
         };
         self.in_use += size;
-        self.high_water = self.high_water.max(self.in_use);
+        self.peak = self.peak.max(self.in_use);
         Ok(block)
     }
 
@@ -120,27 +120,26 @@ impl Blocks {
     }
 }
 
-/// A new block, if there is memory for it and for `reserve` bytes more.
+/// Allocates a block, if there is memory for it and for `reserve` more bytes.
 fn allocate(size: usize, reserve: usize) -> Result<Box<[u8]>, PoolError> {
-    // `vec!` alone aborts the process when memory is short (ulimit -v), so ask first. Only another
-    // thread can take the memory in between.
+    // `vec!` alone aborts the process when memory is short (ulimit -v), so probe first. Only
+    // another thread can take the memory in between.
     let mut probe = Vec::<u8>::new();
     probe.try_reserve_exact(size + reserve).map_err(|_| PoolError::OutOfMemory { asked: size })?;
     drop(probe);
-    // Zeroed by the kernel and not here: a large block takes memory only where it has been written
-    // to.
+    // Zeroed by the kernel, not here: a large block takes up memory only where it has been written.
     Ok(vec![0; size].into_boxed_slice())
 }
 
 /// Why [`BufPool::alloc`] returned no buffer (since v02).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PoolError {
-    /// More than the largest block holds.
+    /// More than fits the largest block.
     TooLarge {
         /// The bytes asked for.
         asked: usize,
     },
-    /// The blocks in use leave too little below the cap.
+    /// The blocks in use leave too little room under the cap.
     CapReached {
         /// The size of the block that did not fit, in bytes.
         asked: usize,
@@ -184,22 +183,22 @@ impl From<PoolError> for io::Error {
     }
 }
 
-/// The figures of a [`BufPool`] (since v02). They read `0 B in use, 8192 B free, 8192 B at most`.
+/// The figures of a [`BufPool`] (since v02). They print as `0 B in use, 8192 B free, 8192 B peak`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolStats {
     /// The limit on `in_use` and `free` together, in bytes.
     pub cap: usize,
-    /// In blocks that are in use, in bytes.
+    /// The size of the blocks in use, in bytes.
     pub in_use: usize,
-    /// In blocks kept for their next use, in bytes.
+    /// The size of the free blocks, kept for reuse, in bytes.
     pub free: usize,
-    /// The most that was ever in use at one time, in bytes.
-    pub high_water: usize,
+    /// The highest value that `in_use` has had, in bytes.
+    pub peak: usize,
 }
 
 impl fmt::Display for PoolStats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { in_use, free, high_water, .. } = self;
-        write!(f, "{in_use} B in use, {free} B free, {high_water} B at most")
+        let Self { in_use, free, peak, .. } = self;
+        write!(f, "{in_use} B in use, {free} B free, {peak} B peak")
     }
 }

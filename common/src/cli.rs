@@ -1,4 +1,4 @@
-//! What a program needs around its chapter: arguments and exit codes (since v01).
+//! The command line: arguments, exit codes and standard output (since v01).
 
 use std::fmt;
 use std::fs::File;
@@ -19,13 +19,13 @@ use crate::log;
 /// The arguments of every server (since v01).
 #[derive(clap::Args)]
 pub struct ServerArgs {
-    /// Where to listen: an IPv4 address, an IPv6 address in brackets or a name; port 0 takes a free
-    /// one
+    /// Where to listen: an IPv4 address, an IPv6 address in brackets or a name; port 0 picks a free
+    /// port
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7777")]
     pub addr: Addr,
 }
 
-/// A `HOST:PORT` of the command line with its socket addresses, at least one (since v01).
+/// A `HOST:PORT` argument, resolved to at least one socket address (since v01).
 #[derive(Clone, Debug)]
 pub struct Addr {
     text: String,
@@ -33,7 +33,7 @@ pub struct Addr {
 }
 
 impl Addr {
-    /// The socket addresses, in the order in which to try them.
+    /// The socket addresses, in the order to try them.
     pub fn resolved(&self) -> &[SocketAddr] {
         &self.resolved
     }
@@ -42,10 +42,10 @@ impl Addr {
 impl FromStr for Addr {
     type Err = String;
 
-    /// Resolves the name too, so that a mistake shows before anything starts.
+    /// Also resolves the name, so a mistake shows before anything starts.
     ///
     /// # Errors
-    /// The reason and an example of what is expected, in one line.
+    /// One line with the reason and an example of what is expected.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let hint = "expected HOST:PORT, as in 127.0.0.1:7777, [::1]:7777 or localhost:7777";
         let resolved = with_scope_number(text)?.to_socket_addrs();
@@ -57,8 +57,8 @@ impl FromStr for Addr {
     }
 }
 
-/// `[fe80::1%eth0]:7777` as `[fe80::1%2]:7777`: the network interface by its number, as std wants
-/// it.
+/// Turns `[fe80::1%eth0]:7777` into `[fe80::1%2]:7777`: std takes a network interface by number
+/// only.
 fn with_scope_number(text: &str) -> Result<String, String> {
     let in_brackets = text.strip_prefix('[').and_then(|text| text.split_once(']'));
     let Some((addr, port)) = in_brackets else { return Ok(text.to_owned()) };
@@ -77,12 +77,13 @@ impl fmt::Display for Addr {
     }
 }
 
-/// The `main` of every server: [`run`], but its log can neither end nor stop it (since v01).
+/// The `main` of every server: [`run`], without the signals by which writing the log could kill or
+/// stop the process (since v01).
 pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     run(|args| {
-        // They come from writing to a file of the largest size allowed (ulimit -f), and from the
-        // background to a terminal with `stty tostop`. Blocking them has the effect of ignoring
-        // them, and in nix needs no `unsafe`.
+        // SIGXFSZ is sent when a file would exceed its size limit (ulimit -f), SIGTTOU when a
+        // background process writes to a terminal with `stty tostop`. Blocking them has the effect
+        // of ignoring them, which would need `unsafe` in nix.
         SigSet::from_iter([Signal::SIGXFSZ, Signal::SIGTTOU]).thread_block()?;
         main(args)
     })
@@ -91,7 +92,7 @@ pub fn run_server<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> Exit
 /// Parses the arguments, starts the log, runs `main` and turns its error into one line and exit
 /// code 1 (since v01).
 ///
-/// Wrong arguments end the process here, with exit code 2 and what is wrong with them.
+/// Invalid arguments end the process here, with an error message and exit code 2.
 pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     let args = A::parse();
     let log = match log::start() {
@@ -112,24 +113,24 @@ pub fn run<A: Parser>(main: impl FnOnce(A) -> anyhow::Result<()>) -> ExitCode {
     code
 }
 
-/// The value of an option that takes a time in seconds, 0 excluded, up to a day (since v04).
+/// Parses an option's time in seconds, above 0 and at most a day (since v04).
 ///
 /// # Errors
-/// What is expected instead, in one line.
+/// One line that says what is expected.
 pub fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    // A day is past any use, and far from what a timer cannot count any more.
+    // A day is longer than any useful timeout, and far below what would overflow a timer.
     seconds
         .filter(|seconds| !seconds.is_zero() && *seconds <= Duration::from_secs(24 * 60 * 60))
         .ok_or_else(|| "expected a number of seconds, above 0 and up to 86400".to_owned())
 }
 
-/// Standard output without std's buffer. It waits for room even in non-blocking mode, which another
-/// process that shares it may have set (since v04).
+/// Standard output without std's buffer (since v04). A write waits for room even in non-blocking
+/// mode, which another process that shares it may have set.
 pub struct Stdout(File);
 
 impl Stdout {
-    /// A duplicate of this process's standard output.
+    /// Duplicates this process's standard output.
     ///
     /// # Errors
     /// Any fcntl(2) error, typically EMFILE.

@@ -1,4 +1,4 @@
-//! The orderly end of a connection, known as lingering close (since v03).
+//! Lingering close: ends a connection without losing replies (since v03).
 //!
 //! close(2) on a socket with unread input sends RST instead of FIN, and an RST destroys replies on
 //! their way to the peer. So every healthy connection ends here: write what is left, send FIN, read
@@ -14,21 +14,21 @@ use tracing::{debug, trace};
 use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
 use crate::reactor_buf::{OutputBuf, retry_interrupted};
 
-/// A server that stops has served what was in flight after so long without an event.
+/// After this long without an event, a stopping server has served everything that was in flight.
 const QUIET: Duration = Duration::from_millis(50);
 
-/// How long a loop waits at the end of a connection (since v03).
+/// The limits on closing connections (since v03).
 #[derive(Clone, Copy, Debug)]
 pub struct CloseLimits {
-    /// With output unsent: how long the kernel may take none of it, 60 s (nginx: send_timeout).
+    /// While output is unsent: how long the kernel may take none of it, 60 s (nginx: send_timeout).
     pub stalled: Duration,
-    /// After the FIN: how long nothing may come, 5 s (nginx: lingering_timeout). What the kernel
-    /// holds then still reaches a peer that keeps reading, as there is no unread input.
+    /// After the FIN: how long the peer may be silent, 5 s (nginx: lingering_timeout). What the
+    /// kernel holds then still reaches a peer that keeps reading, because no input is unread.
     pub silent: Duration,
     /// After the FIN: how long a peer may keep sending, 30 s (nginx: lingering_time).
     pub linger: Duration,
-    /// How many connections may be closing at a time, 1,024; any more are dropped once the socket
-    /// has taken what output it can.
+    /// How many connections may be closing at once, 1,024. Any more are dropped as soon as their
+    /// sockets have taken what output they can.
     pub at_once: usize,
 }
 
@@ -39,7 +39,7 @@ impl Default for CloseLimits {
     }
 }
 
-/// A connection that a loop has taken over to end it.
+/// A connection that the loop is closing.
 pub(crate) struct Closing {
     stream: TcpStream,
     output: OutputBuf,
@@ -49,11 +49,11 @@ pub(crate) struct Closing {
 }
 
 impl<S> EventLoop<S> {
-    /// Takes over a registered, non-blocking connection and ends it: writes `output`, sends FIN
-    /// and discards what comes until the peer closes, within the [`CloseLimits`].
+    /// Takes over a registered, non-blocking connection and closes it: writes `output`, sends FIN
+    /// and discards input until the peer closes, within the [`CloseLimits`].
     ///
     /// # Errors
-    /// Any epoll_ctl(2) error. An error of the connection itself just ends it.
+    /// Any epoll_ctl(2) error. An error on the connection itself only ends that connection.
     pub fn close_gracefully(
         &mut self,
         stream: TcpStream,
@@ -67,7 +67,7 @@ impl<S> EventLoop<S> {
         self.continue_closing(token, closing)
     }
 
-    /// The socket is ready, or the deadline has passed.
+    /// Called when the socket is ready, or the deadline has passed.
     fn closing_callback(_: &mut S, event_loop: &mut Self, token: Token) -> anyhow::Result<()> {
         trace!("closing_callback");
         let Some(closing) = event_loop.closing.remove(&token) else { return Ok(()) };
@@ -90,8 +90,8 @@ impl<S> EventLoop<S> {
         self.del_io_event(&closing.stream, token)
     }
 
-    /// The first half of a stop, when the server no longer listens: serves until no output is
-    /// unsent and nothing has come for 50 ms, or until `end`. `at_once` no longer applies.
+    /// The first half of a shutdown, when the server no longer listens: serves until no output is
+    /// unsent and nothing has arrived for 50 ms, or until `end`. `at_once` no longer applies.
     ///
     /// # Errors
     /// As [`poll_once`](Self::poll_once).
@@ -104,15 +104,15 @@ impl<S> EventLoop<S> {
             if self.poll_once(state, Some(left))? > 0 || (left.is_zero() && self.is_writing()) {
                 quiet_at = Instant::now() + QUIET;
             } else if left.is_zero() {
-                // Not cut short by a timer or a signal: nothing has come.
+                // The wait was not cut short by a timer or a signal: nothing has arrived.
                 break;
             }
         }
         Ok(())
     }
 
-    /// The second half, when all connections are closing: waits for them until `end` and then drops
-    /// the rest. Returns how many of these had output unsent.
+    /// The second half, when all connections are closing: waits for them until `end`, then drops
+    /// the rest. Returns how many of those had unsent output.
     ///
     /// # Errors
     /// As [`poll_once`](Self::poll_once).
@@ -130,8 +130,8 @@ impl<S> EventLoop<S> {
 }
 
 impl Closing {
-    /// Writes and discards what it can. Returns what to wait for, or `None` if this is the end:
-    /// both sides are done, or the deadline has passed.
+    /// Writes output and discards input, without blocking. Returns what to wait for, or `None` at
+    /// the end: both sides are done, or the deadline has passed.
     fn proceed(&mut self, limits: &CloseLimits) -> io::Result<Option<Interest>> {
         let (now, fd) = (Instant::now(), self.stream.as_raw_fd());
         if self.output.write_to(&self.stream)? > 0 {
@@ -150,7 +150,7 @@ impl Closing {
             self.deadline = (now + limits.silent).min(fin_sent + limits.linger);
         }
         if now >= self.deadline {
-            debug!("fd {fd}: gave up on its peer; {unsent} bytes unsent");
+            debug!("fd {fd}: gave up on the peer; {unsent} bytes unsent");
         }
         let done = now >= self.deadline || (ended && unsent == 0);
         Ok((!done).then_some(Interest { read: !ended, write: unsent > 0 }))

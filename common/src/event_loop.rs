@@ -1,7 +1,7 @@
-//! `EventLoop`: the Reactor itself (since v03).
+//! The Reactor: an event loop that waits for events and dispatches them to callbacks (since v03).
 //!
-//! It waits in one place, epoll_wait(2), for everything that can happen, and calls a function for
-//! each event. Level-triggered: what a callback leaves undone is reported again.
+//! It waits for everything in one place, epoll_wait(2). Events are level-triggered: what a callback
+//! leaves undone is reported again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -18,17 +18,17 @@ use crate::closing::{CloseLimits, Closing};
 /// The maximum number of events per epoll_wait(2), 12 KiB of them.
 const BATCH: usize = 1024;
 
-/// Called when the fd behind the [`Token`] is ready or its timer is due. What C passes as
-/// `void *args` is `S`, the one state that [`EventLoop::event_process`] lends out (since v03).
+/// Called when the fd behind the [`Token`] is ready, or its timer is due (since v03). `S` is the
+/// state that [`EventLoop::event_process`] lends to each callback; C would pass a `void *args`.
 ///
-/// A method of the state can be one. An error ends the loop, so handle that of one connection here.
+/// A method of `S` can be a callback. An error ends the loop: handle a connection's errors inside.
 pub type IoCallback<S> = fn(&mut S, &mut EventLoop<S>, Token) -> anyhow::Result<()>;
 
-/// What to call for one fd (since v03).
+/// The callbacks of one fd (since v03).
 pub struct Callbacks<S> {
-    /// When there is something to read: bytes, the end of the stream, an error.
+    /// Called when there is something to read: bytes, the end of the stream, an error.
     pub read: Option<IoCallback<S>>,
-    /// When there is room to write, or writing would fail.
+    /// Called when there is room to write, or writing would fail.
     pub write: Option<IoCallback<S>>,
 }
 
@@ -63,9 +63,9 @@ impl fmt::Display for Interest {
     }
 }
 
-/// Names one registration, and never a later one for the same fd number (since v03).
+/// Identifies one registration, and never a later one of the same fd number (since v03).
 ///
-/// The default token names no registration.
+/// The default token identifies none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Token {
     /// An index into `EventLoop::slots`.
@@ -85,7 +85,7 @@ impl Token {
     }
 }
 
-/// Names one timer, for [`EventLoop::cancel_timer`]; ordered by when they are due (since v03).
+/// Identifies a timer, for [`EventLoop::cancel_timer`]; ordered by due time (since v03).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TimerId {
     due: Instant,
@@ -94,7 +94,7 @@ pub struct TimerId {
 
 /// One entry of the table that turns epoll's 64 bits into callbacks.
 struct Slot<S> {
-    /// Goes up with each registration, so that an old token no longer fits.
+    /// Incremented by each registration, so that a stale token no longer matches.
     generation: u32,
     registration: Option<Registration<S>>,
 }
@@ -105,26 +105,26 @@ struct Registration<S> {
     callbacks: Callbacks<S>,
 }
 
-/// Reported whatever the interest is; a read or a write will tell what happened.
+/// Reported regardless of the interest; the next read or write shows what happened.
 const FAULT: EpollFlags = EpollFlags::EPOLLERR.union(EpollFlags::EPOLLHUP);
 
 impl<S> Registration<S> {
-    /// The callback to call if `ready` concerns reading.
+    /// The read callback, if `ready` makes it due.
     fn reader(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
         let due = self.interest.read && ready.intersects(EpollFlags::EPOLLIN | FAULT);
         self.callbacks.read.filter(|_| due)
     }
 
-    /// The callback to call if `ready` concerns writing.
+    /// The write callback, if `ready` makes it due.
     fn writer(&self, ready: EpollFlags) -> Option<IoCallback<S>> {
         let due = self.interest.write && ready.intersects(EpollFlags::EPOLLOUT | FAULT);
         self.callbacks.write.filter(|_| due)
     }
 }
 
-/// The Reactor: fds, what they are watched for, and what to call when it happens (since v03).
+/// The Reactor: which fds are watched, for what, and what to call when they are ready (since v03).
 ///
-/// Callers lend their fds, and deregister them before they close them.
+/// The caller keeps its fds, and deregisters each one before closing it.
 pub struct EventLoop<S> {
     epoll: Epoll,
     events: Vec<EpollEvent>,
@@ -139,7 +139,7 @@ pub struct EventLoop<S> {
 }
 
 impl<S> EventLoop<S> {
-    /// A loop with nothing registered.
+    /// Creates a loop with nothing registered.
     ///
     /// # Errors
     /// Any epoll_create1(2) error, typically EMFILE.
@@ -189,7 +189,7 @@ impl<S> EventLoop<S> {
     /// Changes what `fd` is watched for: one system call, or none if nothing changes.
     ///
     /// # Errors
-    /// NotFound unless the token is that of `fd` and still good; any epoll_ctl(2) error.
+    /// NotFound if `token` is stale or belongs to another fd; any epoll_ctl(2) error.
     pub fn set_interest<F: AsFd>(
         &mut self,
         fd: F,
@@ -206,18 +206,18 @@ impl<S> EventLoop<S> {
         Ok(())
     }
 
-    /// Changes what is called for a registration, if the token is still good. No system call.
+    /// Replaces the callbacks of a registration, unless `token` is stale. No system call.
     pub fn set_callbacks(&mut self, token: Token, callbacks: Callbacks<S>) {
         if let Some(registration) = self.registration(token) {
             registration.callbacks = callbacks;
         }
     }
 
-    /// Stops watching `fd`. Call it before `fd` is closed: if a duplicate is left, say in another
-    /// process, epoll would go on reporting its events, and nothing could stop that.
+    /// Stops watching `fd`. Call it before closing `fd`: if a duplicate is left, say in another
+    /// process, epoll would keep reporting its events, and nothing could stop that.
     ///
     /// # Errors
-    /// NotFound unless the token is that of `fd` and still good; any epoll_ctl(2) error.
+    /// NotFound if `token` is stale or belongs to another fd; any epoll_ctl(2) error.
     pub fn del_io_event<F: AsFd>(&mut self, fd: F, token: Token) -> io::Result<()> {
         self.registration_of(&fd, token)?;
         self.epoll.delete(&fd)?;
@@ -240,7 +240,7 @@ impl<S> EventLoop<S> {
     /// Calls `callback` with `token` once, `delay` from now, even if the token is stale by then.
     ///
     /// # Errors
-    /// InvalidInput if `delay` is more than an [`Instant`] can count. No timer is set then.
+    /// InvalidInput if `delay` would overflow an [`Instant`]. No timer is set then.
     pub fn run_after(
         &mut self,
         delay: Duration,
@@ -259,7 +259,7 @@ impl<S> EventLoop<S> {
         self.timers.remove(&id);
     }
 
-    /// Waits for events and calls what is registered for them, until [`stop`](Self::stop).
+    /// Waits for events and dispatches them to their callbacks, until [`stop`](Self::stop).
     ///
     /// # Errors
     /// Any error of a callback or of epoll_wait(2).
@@ -271,8 +271,8 @@ impl<S> EventLoop<S> {
         Ok(())
     }
 
-    /// One turn of the loop: waits for events, at most `limit`, then calls what is registered for
-    /// them and for the timers that are due. Returns the number of events.
+    /// One iteration of the loop: waits for events, for at most `limit`, then calls their callbacks
+    /// and those of the timers that are due. Returns the number of events.
     ///
     /// # Errors
     /// Any error of a callback or of epoll_wait(2). Events not handled yet are reported again.
@@ -280,7 +280,7 @@ impl<S> EventLoop<S> {
         let timeout = self.timeout(limit);
         self.running = true;
         let n = match self.epoll.wait(&mut self.events, timeout) {
-            // Without the timers: a SIGSTOP may have made them late, and fds come before them.
+            // No timers yet: after a SIGSTOP they may all be overdue, and fds come first.
             Err(Errno::EINTR) => return Ok(0),
             result => result?,
         };
@@ -296,8 +296,8 @@ impl<S> EventLoop<S> {
         Ok(n)
     }
 
-    /// To be called by a callback: the turn ends when that returns, and
-    /// [`event_process`](Self::event_process) too. Events not handled yet are reported again.
+    /// For callbacks: when the callback returns, this iteration and
+    /// [`event_process`](Self::event_process) end. Events not handled yet are reported again.
     pub fn stop(&mut self) {
         self.running = false;
     }
@@ -310,7 +310,7 @@ impl<S> EventLoop<S> {
     }
 
     fn dispatch(&mut self, state: &mut S, token: Token, ready: EpollFlags) -> anyhow::Result<()> {
-        // An earlier callback of this batch may have deregistered it.
+        // An earlier callback of this batch may have deregistered the fd.
         let Some(registration) = self.registration(token) else {
             trace!("stale event: its registration is gone");
             return Ok(());
@@ -318,14 +318,14 @@ impl<S> EventLoop<S> {
         trace!("fd {} is ready: {}", registration.fd, names(ready));
         let reader = registration.reader(ready);
         if reader.or(registration.writer(ready)).is_none() && ready.intersects(FAULT) {
-            // These cannot be masked: without a callback that acts on them, the loop would spin.
+            // These cannot be masked: unless a callback acts on them, the loop spins.
             let any = registration.callbacks.read.or(registration.callbacks.write);
             return any.map_or(Ok(()), |callback| callback(state, self, token));
         }
         if let Some(callback) = reader {
             callback(state, self, token)?;
         }
-        // The reader may have deregistered it, or be no longer interested in writing.
+        // The reader may have deregistered the fd, or dropped the interest in writing.
         let writer = self.registration(token).and_then(|registration| registration.writer(ready));
         writer.filter(|_| self.running).map_or(Ok(()), |callback| callback(state, self, token))
     }
@@ -346,13 +346,13 @@ impl<S> EventLoop<S> {
         let first = self.timers.keys().next();
         let until = first.map(|timer| timer.due.saturating_duration_since(Instant::now()));
         let Some(wait) = until.into_iter().chain(limit).min() else { return EpollTimeout::NONE };
-        // Rounded up to milliseconds: waking up early would make the loop spin until then.
+        // Rounded up to milliseconds: if it woke up early, the loop would spin until then.
         let wait = wait.saturating_add(Duration::from_nanos(999_999));
         EpollTimeout::try_from(wait).unwrap_or(EpollTimeout::MAX)
     }
 
     fn run_timers(&mut self, state: &mut S) -> anyhow::Result<()> {
-        // Timers set from here on are for the next turn: fds come before them.
+        // Timers set from here on run in the next iteration: fds come first.
         let now = Instant::now();
         while let Some(timer) = self.timers.first_entry() {
             if timer.key().due > now || !self.running {

@@ -1,4 +1,4 @@
-//! `IoBuf`: one block of a pool with a head and a length (since v02).
+//! `IoBuf`: one block of the pool, with the position and the length of its data (since v02).
 
 use std::fmt;
 use std::mem;
@@ -7,7 +7,7 @@ use bytes::Buf;
 
 use crate::buf_pool::BufPool;
 
-/// A block on loan from a [`BufPool`]; dropping it gives the block back (since v02).
+/// A block on loan from a [`BufPool`]; dropping it returns the block (since v02).
 ///
 /// ```text
 /// 0            head          head + len       capacity
@@ -17,7 +17,7 @@ use crate::buf_pool::BufPool;
 ///                head + len <= capacity, always
 /// ```
 ///
-/// Only `data` is visible from outside: bytes that an earlier user left in the block are not.
+/// Only `data` is visible from outside, never the bytes that an earlier user left in the block.
 pub struct IoBuf {
     block: Box<[u8]>,
     head: usize,
@@ -60,7 +60,7 @@ impl IoBuf {
         self.capacity() - self.head - self.len
     }
 
-    /// Adds bytes behind the data, as many as there is room for, and returns how many.
+    /// Appends as many of `bytes` as there is room for, and returns how many.
     pub fn append(&mut self, bytes: &[u8]) -> usize {
         let n = bytes.len().min(self.room());
         self.room_mut()[..n].copy_from_slice(&bytes[..n]);
@@ -68,7 +68,7 @@ impl IoBuf {
         n
     }
 
-    /// Takes `n` bytes off the front of the data. Without data the whole block is room again.
+    /// Removes `n` bytes from the front of the data. When none is left, the whole block is room.
     ///
     /// # Panics
     /// If `n` is more than [`len`](Self::len).
@@ -90,7 +90,7 @@ impl IoBuf {
         self.len = 0;
     }
 
-    /// The room behind the data, with an earlier user's bytes in it: for a system call to write to.
+    /// The room behind the data, for a system call to fill. It may hold an earlier user's bytes.
     pub(crate) fn room_mut(&mut self) -> &mut [u8] {
         &mut self.block[self.head + self.len..]
     }
@@ -102,7 +102,7 @@ impl IoBuf {
     }
 }
 
-/// Reading from the front, with everything that `bytes` offers.
+/// Reads from the front, with all the methods of `bytes`.
 impl Buf for IoBuf {
     fn remaining(&self) -> usize {
         self.len()

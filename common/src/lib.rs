@@ -1,18 +1,18 @@
-//! What stays the same once a chapter has brought it in.
+//! The code that the chapters share: it stays the same once a chapter has introduced it.
 //!
-//! | module          | since | what it holds                                                       |
-//! |-----------------|-------|---------------------------------------------------------------------|
-//! | [`cli`]         | v01   | arguments and exit codes: what is around a chapter                  |
-//! | [`log`]         | v01   | the log that never stalls a server                                  |
-//! | [`net`]         | v01   | listening, accepting and what its errors mean, closing without loss |
-//! | [`buf_pool`]    | v02   | `BufPool`: blocks of memory in size classes, with a cap             |
-//! | [`io_buf`]      | v02   | `IoBuf`: one block with a head and a length                         |
-//! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: between a socket and a block            |
-//! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                     |
-//! | [`closing`]     | v03   | `close_gracefully`: the one way in which a healthy connection ends  |
-//! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop               |
-//! | [`lines`]       | v04   | the lines of standard input, for a program on the event loop        |
-//! | [`message`]     | v04   | the TLV frame: header, encode, decode                               |
+//! | module          | since | contents                                                         |
+//! |-----------------|-------|------------------------------------------------------------------|
+//! | [`cli`]         | v01   | the command line: arguments, exit codes, standard output         |
+//! | [`log`]         | v01   | the log, which never blocks a server                             |
+//! | [`net`]         | v01   | listening, accepting, connecting, closing without losing a reply |
+//! | [`buf_pool`]    | v02   | `BufPool`: reuses blocks of memory, up to a cap                  |
+//! | [`io_buf`]      | v02   | `IoBuf`: one block, with the position and length of its data     |
+//! | [`reactor_buf`] | v02   | `InputBuf` and `OutputBuf`: a connection's unread, unsent bytes  |
+//! | [`event_loop`]  | v03   | `EventLoop`: the Reactor itself                                  |
+//! | [`closing`]     | v03   | `close_gracefully`: how every healthy connection ends            |
+//! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop            |
+//! | [`lines`]       | v04   | standard input, line by line, on the event loop                  |
+//! | [`message`]     | v04   | the codec: encodes and decodes TLV frames                        |
 
 #![warn(missing_docs)]
 

@@ -1,4 +1,4 @@
-//! The lines of standard input, for a program on the event loop (since v04).
+//! Reads standard input line by line on the event loop, without blocking it (since v04).
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -12,9 +12,9 @@ use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
 use crate::message::MAX_PAYLOAD;
 use crate::reactor_buf::InputBuf;
 
-/// Standard input, line by line, without ever waiting for it (since v04).
+/// Standard input, line by line, without ever waiting for input (since v04).
 pub struct Lines<S> {
-    /// Not std's standard input: epoll does not know what that has in its buffer.
+    /// Not std's own handle: epoll cannot see what that has in its buffer.
     stdin: File,
     input: InputBuf,
     callback: IoCallback<S>,
@@ -28,7 +28,7 @@ pub struct Lines<S> {
 }
 
 impl<S> Lines<S> {
-    /// No line has been read yet. The `callback` will have to call [`read`](Self::read).
+    /// Reads nothing yet: that is for the `callback`, which has to call [`read`](Self::read).
     ///
     /// # Errors
     /// Any fcntl(2) or epoll_ctl(2) error, typically EMFILE.
@@ -47,17 +47,17 @@ impl<S> Lines<S> {
             ended: false,
             error: None,
         };
-        // Finds out if it can be watched.
+        // Detects whether it can be watched.
         lines.watch(event_loop, true)?;
         lines.watch(event_loop, false)?;
         Ok(lines)
     }
 
-    /// Registers standard input while lines are `wanted`, to have the callback called when it is
-    /// readable, and deregisters it when they are not: a hang-up cannot be masked.
+    /// Registers standard input if lines are `wanted`: the callback runs when it is readable.
+    /// Deregisters it otherwise, because a hang-up cannot be masked.
     ///
     /// # Errors
-    /// Any epoll_ctl(2) error, except that a regular file cannot be registered.
+    /// Any epoll_ctl(2) error but EPERM, which regular files cause.
     pub fn watch(&mut self, event_loop: &mut EventLoop<S>, wanted: bool) -> io::Result<()> {
         let wanted = wanted && !self.ended && !self.is_file;
         match self.watched {
@@ -102,7 +102,7 @@ impl<S> Lines<S> {
         let len = feed.unwrap_or(block.len());
         let too_long = len > MAX_PAYLOAD;
         if feed.is_none() && self.error.is_some() {
-            // Reading has failed: the rest of this line is not known.
+            // Reading has failed: the rest of this line is missing.
             return Ok(None);
         }
         if feed.is_none() && !self.ended && !too_long {
@@ -113,7 +113,7 @@ impl<S> Lines<S> {
         if too_long {
             bail!("line {} of standard input is over the limit of {MAX_PAYLOAD} bytes", self.count);
         }
-        // Copied: a slice of the block would keep all of it in use.
+        // Copied: a slice would keep the whole block in use.
         let line = Bytes::copy_from_slice(&block.data()[..len]);
         block.pop(len + usize::from(feed.is_some()));
         self.input.put_back(block);
@@ -130,7 +130,7 @@ impl<S> Lines<S> {
         self.ended && self.input.is_empty()
     }
 
-    /// Why standard input ended early: a line over the limit of a payload, or a read(2) error.
+    /// Why standard input ended early: a line longer than a payload may be, or a read(2) error.
     pub fn take_error(&mut self) -> Option<anyhow::Error> {
         self.error.take()
     }

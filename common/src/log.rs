@@ -1,4 +1,4 @@
-//! The log: lines on stderr that never stall a server (since v01).
+//! The log: writes lines to stderr without ever blocking a server (since v01).
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -22,14 +22,14 @@ use tracing_subscriber::util::SubscriberInitExt;
 /// A pipe that has any room takes this many bytes at once (PIPE_BUF in pipe(7)).
 const PIPE_BUF: usize = 4096;
 
-/// How many lines wait for the thread of [`Log::Thread`]; the next one is lost.
+/// How many lines may queue for the thread of [`Log::Thread`]; any more are dropped.
 const MAX_LINES: usize = 1024;
 
-/// How long the end of the process may wait for lines to be written.
+/// How long the process may wait at its end for queued lines to be written.
 const LAST_LINES: Duration = Duration::from_millis(100);
 
-/// Logs to stderr from now on, at the levels that RUST_LOG names (`trace`, or
-/// `info,reactor_v03=trace`), else at info (since v01). Call it once.
+/// Starts logging to stderr, at the levels in RUST_LOG (`trace`, or `info,reactor_v03=trace`), by
+/// default at info (since v01). Call it once.
 ///
 /// # Errors
 /// Any fcntl(2) or fstat(2) error, typically EBADF: stderr is closed.
@@ -51,17 +51,17 @@ pub fn start() -> io::Result<Arc<Log>> {
         .log_internal_errors(false);
     tracing_subscriber::registry().with(lines).with(levels).init();
     if let Some(err) = mistake {
-        warn!("RUST_LOG is not understood ({err}), logging at info");
+        warn!("RUST_LOG is invalid ({err}), logging at info");
     }
     Ok(log)
 }
 
-/// stderr for the log (since v01). A server must outlive its log, so a line that cannot be written
-/// is lost.
+/// How lines get to stderr (since v01). The log must never stop a server, so a line that cannot be
+/// written is dropped.
 pub enum Log {
-    /// Written at once or not at all.
+    /// Lines are written at once or dropped.
     Direct(File),
-    /// Written by a thread, which may block.
+    /// A thread writes the lines, and may block.
     Thread(Writer),
 }
 
@@ -72,13 +72,13 @@ impl Log {
         if !kind.is_fifo() && !kind.is_char_device() {
             return Ok(Self::Direct(stderr));
         }
-        // Opened a second time, so that O_NONBLOCK does not apply to the other processes with this
-        // pipe or terminal: they share stderr's open file description, but not this one.
+        // Opened again, because O_NONBLOCK is set on an open file description: other processes with
+        // this pipe or terminal share stderr's, but not this one.
         let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         match File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2") {
             Ok(own) => Ok(Self::Direct(own)),
-            // A terminal of another user. poll(2) finds room in it for 1 byte, and write(2) then
-            // blocks for the rest of the line; a pipe with room takes PIPE_BUF bytes.
+            // Another user's terminal. poll(2) reports room for as little as 1 byte, and write(2)
+            // then blocks for the rest of the line; a pipe with room takes PIPE_BUF bytes.
             Err(_) if kind.is_char_device() => Ok(Self::Thread(Writer::start(stderr)?)),
             Err(_) => Ok(Self::Direct(stderr)),
         }
@@ -91,7 +91,7 @@ impl Log {
             Self::Thread(writer) => return writer.put(line),
         };
         for part in line.chunks(PIPE_BUF) {
-            // What is not opened a second time, a socket for example, may block: ask first.
+            // If it could not be opened again, as with a socket, stderr may block: poll first.
             let mut room = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
             if poll(&mut room, PollTimeout::ZERO) != Ok(1) {
                 return;
@@ -110,7 +110,7 @@ impl Log {
     }
 }
 
-/// The way to the thread of [`Log::Thread`] (since v01).
+/// The queue of the thread of [`Log::Thread`] (since v01).
 pub struct Writer {
     lines: SyncSender<Vec<u8>>,
     unwritten: Arc<AtomicUsize>,
@@ -121,7 +121,7 @@ impl Writer {
         let (lines, receiver) = mpsc::sync_channel::<Vec<u8>>(MAX_LINES);
         let unwritten = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&unwritten);
-        // The thread inherits the mask. It takes no signal, since it may never get to act on one.
+        // The thread inherits the mask: it must take no signal, as it may never get to act on it.
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
         let thread = thread::Builder::new().name("log".to_owned()).spawn(move || {
             for line in receiver {

@@ -1,7 +1,7 @@
-//! The TLV frame: header, encode, decode (since v04).
+//! The message codec: encodes and decodes TLV frames (since v04).
 //!
-//! TCP delivers a stream of bytes and not messages: two messages may arrive in one read, or one in
-//! several. So each message starts with its length.
+//! TCP delivers a stream of bytes, not messages: one read may bring two messages, or only part of
+//! one. So each message has a header with its length.
 //!
 //! ```text
 //! 0         4         8                  8 + length
@@ -38,8 +38,7 @@ impl Message<'_> {
     }
 }
 
-/// One line, whatever the bytes are: `id=1 len=5 hello`. Backslashes and what is not printable are
-/// escaped.
+/// Always one line: `id=1 len=5 hello`. Backslashes, and bytes that are not printable, are escaped.
 impl fmt::Display for Message<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "id={} len={}", self.id, self.payload.len())?;
@@ -47,7 +46,7 @@ impl fmt::Display for Message<'_> {
             f.write_str(" ")?;
         }
         for chunk in self.payload.utf8_chunks() {
-            // Of the printable characters `escape_debug` escapes only quotes and the backslash.
+            // `escape_debug` would escape quotes too.
             for part in chunk.valid().split_inclusive(['"', '\'']) {
                 let text = part.trim_end_matches(['"', '\'']);
                 write!(f, "{}{}", text.escape_debug(), &part[text.len()..])?;
@@ -63,7 +62,7 @@ impl fmt::Display for Message<'_> {
 /// The message at the start of `bytes`, or `None` if it is not complete yet (since v04).
 ///
 /// # Errors
-/// [`BadLength`], as soon as the header is complete. Where the next frame begins is then unknown.
+/// [`BadLength`], as soon as the header is complete. The start of the next frame is then unknown.
 pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
     let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else { return Ok(None) };
     let id = LittleEndian::read_i32(&header[..4]);
@@ -75,7 +74,7 @@ pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
     Ok(rest.get(..length).map(|payload| Message { id, payload }))
 }
 
-/// The header of a message with `length` bytes of payload (since v04).
+/// Returns the header of a message with `length` bytes of payload (since v04).
 ///
 /// # Errors
 /// [`BadLength`] above [`MAX_PAYLOAD`].

@@ -1,5 +1,4 @@
-//! Sockets: listening, accepting and what its errors mean, closing without losing the reply
-//! (since v01).
+//! Sockets: listens, accepts, connects, and closes without losing a reply (since v01).
 
 use std::io::{self, Read};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -15,35 +14,34 @@ use nix::sys::socket::{
 };
 use tracing::{debug, info, warn};
 
-/// The backlog: how many pending connections the kernel keeps for `accept`.
+/// The backlog: how many pending connections the kernel queues for `accept`.
 ///
-/// std's own 128 is too short for a burst. The kernel cuts this to /proc/sys/net/core/somaxconn
-/// (4096 by default), and nix takes no more.
+/// std's own 128 are too few for a burst. The kernel caps this at /proc/sys/net/core/somaxconn
+/// (4096 by default), and nix accepts no more.
 pub const BACKLOG: i32 = 4096;
 
-/// Keep-alive: after how many seconds without a byte from the peer the kernel sends a probe.
+/// Keep-alive: after this many seconds without a byte from the peer the kernel sends a probe.
 const KEEP_IDLE: u32 = 60;
 
-/// Keep-alive: how many seconds it waits for the answer before it sends another one.
+/// Keep-alive: it waits this many seconds for an answer before it sends another probe.
 const KEEP_INTERVAL: u32 = 20;
 
-/// Keep-alive: how many probes may go unanswered before the connection fails with ETIMEDOUT.
+/// Keep-alive: after this many unanswered probes the connection fails with ETIMEDOUT.
 const KEEP_PROBES: u32 = 3;
 
 /// How long to wait after [`Accepted::Exhausted`] before the next try: 100 ms (since v01).
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// A listening socket that knows what the errors of `accept` mean (since v01).
+/// A listening socket that knows which errors of `accept` matter (since v01).
 ///
-/// Its connections have keep-alive set: a peer that vanished (a cut link, a power failure) ends
-/// within two minutes. If output to it is unacknowledged, there are no probes, and the connection
-/// lasts until the kernel gives up retransmitting, typically after a quarter of an hour
-/// (tcp_retries2 in tcp(7)).
+/// Its connections have keep-alive set: one whose peer has vanished (a cut link, a power failure)
+/// ends within two minutes. With unacknowledged output there are no probes: it then lasts until the
+/// kernel gives up retransmitting, typically after a quarter of an hour (tcp_retries2 in tcp(7)).
 ///
 /// Dropping it closes it, which resets the connections in its backlog and frees the port.
 pub struct Listener {
     socket: TcpListener,
-    /// Out of fds or memory, which is logged once and not per attempt.
+    /// Set while out of fds or memory, to log that once and not on every attempt.
     exhausted: bool,
 }
 
@@ -90,7 +88,7 @@ impl Listener {
 
     /// Takes the next client out of the backlog, waiting for one if it is empty (since v01).
     ///
-    /// An error that concerns one client is logged at debug level, and the next client is tried.
+    /// If an error concerns one client only, it is logged at debug level and the next one is tried.
     pub fn accept(&mut self) -> Accepted {
         loop {
             match self.socket.accept() {
@@ -100,7 +98,7 @@ impl Listener {
                     return Accepted::WouldBlock;
                 }
                 Err(err) if concerns_one_client(&err) => debug!("accept: {err}"),
-                // EMFILE, ENFILE, ENOBUFS, ENOMEM or any other: no accept error is a reason to end
+                // EMFILE, ENFILE, ENOBUFS, ENOMEM or any other: no accept error is a reason to exit
                 // while there are clients to serve.
                 Err(err) => {
                     if !self.exhausted {
@@ -114,7 +112,7 @@ impl Listener {
         }
     }
 
-    /// Waits for the next client, without limit; also through fd exhaustion (since v01).
+    /// Waits for the next client as long as it takes, even through fd exhaustion (since v01).
     pub fn accept_blocking(&mut self) -> (TcpStream, SocketAddr) {
         loop {
             match self.accept() {
@@ -122,7 +120,7 @@ impl Listener {
                     self.exhaustion_is_over();
                     return (stream, peer);
                 }
-                // WouldBlock never comes from a blocking listener.
+                // A blocking listener never returns WouldBlock.
                 Accepted::Exhausted | Accepted::WouldBlock => thread::sleep(ACCEPT_PAUSE),
             }
         }
@@ -144,8 +142,7 @@ impl AsFd for Listener {
 
 fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
     let fd = tcp_socket(addr, SockFlag::empty())?;
-    // Without it the port could not be bound again while connections of an earlier server are in
-    // TIME_WAIT.
+    // Without this, bind fails while connections of an earlier server are in TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
     // Accepted sockets inherit these.
     setsockopt(&fd, KeepAlive, &true)?;
@@ -157,32 +154,32 @@ fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
     Ok(TcpListener::from(fd))
 }
 
-/// Starts to connect to `addr` without waiting for it (since v04).
+/// Starts connecting to `addr`, without waiting for the outcome (since v04).
 ///
-/// The attempt has ended when the socket becomes writable: [`connect_result`] then returns how.
+/// The attempt is over when the socket becomes writable: [`connect_result`] returns its outcome.
 ///
 /// # Errors
 /// Any socket(2) error, and any connect(2) error that is known at once, typically ENETUNREACH.
 pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
     let fd = tcp_socket(addr, SockFlag::SOCK_NONBLOCK)?;
     match nix::sys::socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
-        // EINTR: the attempt goes on in the kernel.
+        // EINTR: the attempt continues in the kernel.
         Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
         Err(errno) => Err(errno.into()),
     }
 }
 
-/// How the attempt that [`connect`] started has ended (since v04). Call it when `stream` becomes
+/// The outcome of the attempt that [`connect`] started (since v04). Call it when `stream` becomes
 /// writable.
 ///
 /// # Errors
-/// The reason why it failed (SO_ERROR), typically ECONNREFUSED or ETIMEDOUT.
+/// Why the attempt failed (SO_ERROR), typically ECONNREFUSED or ETIMEDOUT.
 pub fn connect_result(stream: &TcpStream) -> io::Result<()> {
     if let Some(err) = stream.take_error()? {
         return Err(err);
     }
-    // To a port without a listener that the kernel also picks as the local port, TCP connects a
-    // socket with itself (simultaneous open): there is no server.
+    // If nothing listens on a port and the kernel picks it as the local port too, TCP connects the
+    // socket to itself (simultaneous open): there is no server.
     if stream.local_addr()? == stream.peer_addr()? {
         return Err(Errno::ECONNREFUSED.into());
     }
@@ -194,9 +191,9 @@ fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
     socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
-/// A client that gave up while it was pending (ECONNABORTED), and errors of its network, which
-/// Linux passes on through `accept` (accept(2), "Error handling"): that client is out of the
-/// backlog, and the next one may be fine.
+/// True if a client gave up while it was pending (ECONNABORTED), or its network failed, which Linux
+/// reports through `accept` (accept(2), "Error handling"). That client has left the backlog, and
+/// the next one may be fine.
 fn concerns_one_client(err: &io::Error) -> bool {
     let Some(code) = err.raw_os_error() else { return false };
     matches!(
@@ -217,13 +214,12 @@ fn concerns_one_client(err: &io::Error) -> bool {
 /// Closes a blocking `stream` so that everything written to it still arrives: a lingering close of
 /// at most `limit` (since v01).
 ///
-/// close(2) on a socket with unread input sends RST instead of FIN, and an RST destroys what is on
-/// its way to the peer. So send FIN first, read and discard until the peer closes too, and only
-/// then close.
+/// close(2) on a socket with unread input sends RST instead of FIN, and an RST destroys what is
+/// still in flight to the peer. So send FIN first, read and discard until the peer closes too, and
+/// only then close.
 ///
 /// # Errors
-/// Any shutdown(2) or recv(2) error, typically ENOTCONN or ECONNRESET: the peer has reset the
-/// connection.
+/// Any shutdown(2) or recv(2) error, typically ENOTCONN or ECONNRESET, after a reset by the peer.
 pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()> {
     stream.shutdown(Shutdown::Write)?;
     let start = Instant::now();
@@ -246,7 +242,7 @@ pub fn close_gracefully(mut stream: TcpStream, limit: Duration) -> io::Result<()
 
 /// Raises the soft limit on open fds to the hard one; a failure is logged (since v03).
 ///
-/// Most shells set a soft limit of 1,024, for the sake of old programs that use select(2).
+/// Most shells set a soft limit of 1,024, for old programs that use select(2).
 pub fn raise_fd_limit() {
     let result = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
         debug!("raising the limit on fds from {soft} to {hard}");

@@ -1,4 +1,4 @@
-//! `InputBuf` and `OutputBuf`: between a socket and a block (since v02).
+//! `InputBuf` and `OutputBuf`: the bytes read from a socket, and those still to write (since v02).
 //!
 //! Both hold a block only while they hold bytes: ten thousand idle connections hold none.
 
@@ -11,19 +11,19 @@ use tracing::trace;
 use crate::buf_pool::{BufPool, PoolError, SIZE_CLASSES};
 use crate::io_buf::IoBuf;
 
-/// The smallest room that is offered to a read, in bytes.
+/// The smallest block for a read, in bytes.
 const MIN_READ: usize = SIZE_CLASSES[0];
 
-/// The largest room that is offered to a read, in bytes: enough that the cost of the system call
-/// itself is small, and a bound on the work for one event, for which the other connections wait.
+/// The largest block for a read, in bytes: large enough to make the system call itself cheap, small
+/// enough to bound the work per event, during which all other connections wait.
 const MAX_READ: usize = SIZE_CLASSES[2];
 
-/// Filled from a socket (since v02).
+/// The bytes that have been read from a socket (since v02).
 pub struct InputBuf {
     block: Option<IoBuf>,
     pool: BufPool,
-    /// How large the block for the next read should be: a size class that follows the sizes of the
-    /// previous reads, as in Netty's AdaptiveRecvByteBufAllocator.
+    /// The size class for the next read. It follows the sizes of the previous reads, as in Netty's
+    /// AdaptiveRecvByteBufAllocator.
     next_read: usize,
 }
 
@@ -33,24 +33,23 @@ impl InputBuf {
         Self { block: None, pool: pool.clone(), next_read: MIN_READ }
     }
 
-    /// Reads once, as much as there is room for, typically 4 KiB to 64 KiB, and returns the number
-    /// of bytes: 0 is the end of the stream, `None` means that there is nothing yet (EAGAIN).
+    /// Reads once, as much as there is room for, typically 4 KiB to 64 KiB. Returns the number of
+    /// bytes: 0 means the end of the stream, `None` that nothing has arrived yet (EAGAIN).
     ///
-    /// Where there is little room, the data moves to the front, or else to a block of the next
-    /// size.
+    /// If there is little room, the data moves to the front of its block, or to a larger one.
     ///
     /// # Errors
     /// Any recv(2) error, typically ECONNRESET, and [`PoolError`] as [`ErrorKind::OutOfMemory`].
-    /// The data stays.
+    /// The data is kept.
     pub fn read_from<R: Read + AsFd>(&mut self, mut socket: R) -> io::Result<Option<usize>> {
         let room = match &self.block {
             None => self.next_read,
-            // Half of what is not data, or data at the end of a block would make many small reads.
+            // Half of what is not data: else data near the end of a block causes many small reads.
             Some(block) => ((block.capacity().max(self.next_read) - block.len()) / 2).max(1),
         };
         let block = match with_room(&mut self.block, room, &self.pool) {
             Ok(block) => block,
-            // Under the cap there may still be room for less.
+            // There may still be room for a smaller read.
             Err(_) => with_room(&mut self.block, 1, &self.pool)?,
         };
         let room = block.room();
@@ -82,21 +81,21 @@ impl InputBuf {
         self.block.is_none()
     }
 
-    /// Takes the block with all its bytes out, or `None` if there are none.
+    /// Takes out the block with all its bytes, or `None` if there are none.
     pub fn take(&mut self) -> Option<IoBuf> {
         self.block.take()
     }
 
-    /// Puts the block that [`take`](Self::take) took back, with the bytes that are left in it: the
-    /// next read adds to them (since v04). Call it before that read.
+    /// Puts back the block from [`take`](Self::take), with the bytes that are left in it
+    /// (since v04). Call it before the next read, which appends to them.
     pub fn put_back(&mut self, block: IoBuf) {
-        debug_assert!(self.is_empty(), "bytes read since would be lost");
+        debug_assert!(self.is_empty(), "bytes read in between would be lost");
         self.block = Some(block);
         drop_if_empty(&mut self.block);
     }
 }
 
-/// Emptied into a socket (since v02).
+/// The bytes still to be written to a socket (since v02).
 pub struct OutputBuf {
     block: Option<IoBuf>,
     pool: BufPool,
@@ -108,10 +107,10 @@ impl OutputBuf {
         Self { block: None, pool: pool.clone() }
     }
 
-    /// Adds all of `data` behind the unwritten bytes.
+    /// Appends all of `data` to the unwritten bytes.
     ///
     /// # Errors
-    /// [`PoolError`], if no block holds all of it; nothing is added then.
+    /// [`PoolError`] if there is no block for all of it. Nothing is appended then.
     pub fn send_data<B: Buf>(&mut self, mut data: B) -> Result<(), PoolError> {
         let n = data.remaining();
         if n == 0 {
@@ -121,7 +120,7 @@ impl OutputBuf {
             Some(block) if block.room() >= n => block,
             _ => with_room(&mut self.block, n, &self.pool)?,
         };
-        // As copy_to_slice does, with a quarter less instructions for a header and its payload.
+        // Like copy_to_slice, but with a quarter fewer instructions for a header and its payload.
         let mut room = &mut block.room_mut()[..n];
         while !room.is_empty() {
             let chunk = data.chunk();
@@ -134,11 +133,11 @@ impl OutputBuf {
         Ok(())
     }
 
-    /// Adds a whole block behind the unwritten bytes. Without any the block just changes hands, and
-    /// no byte is copied.
+    /// Appends a whole block to the unwritten bytes. If there are none, the block changes hands and
+    /// nothing is copied.
     ///
     /// # Errors
-    /// [`PoolError`], if no block holds all of it; nothing is added then.
+    /// [`PoolError`] if there is no block for all of it. Nothing is appended then.
     pub fn send_block(&mut self, block: IoBuf) -> Result<(), PoolError> {
         if self.block.is_some() {
             return self.send_data(block);
@@ -148,8 +147,8 @@ impl OutputBuf {
         Ok(())
     }
 
-    /// Writes until nothing is left or the socket takes no more for now (EAGAIN), and returns the
-    /// number of bytes written.
+    /// Writes until nothing is left or the socket takes no more for now (EAGAIN). Returns how many
+    /// bytes it has written.
     ///
     /// # Errors
     /// Any send(2) error, typically EPIPE or ECONNRESET.
@@ -177,9 +176,9 @@ impl OutputBuf {
     }
 }
 
-/// The block in `slot` with room for `n` more bytes: as it is, or with its data moved to the front
-/// or to a larger block, when both blocks must fit under the cap. An error leaves the slot as it
-/// was.
+/// Returns the block in `slot` with room for `n` more bytes: as it is, with its data moved to the
+/// front, or replaced by a larger one. Then both must fit under the cap. An error leaves the slot
+/// unchanged.
 fn with_room<'a>(
     slot: &'a mut Option<IoBuf>,
     n: usize,
@@ -209,7 +208,7 @@ fn with_room<'a>(
     Ok(slot.insert(block))
 }
 
-/// Gives the block in `slot` back to its pool if it holds no bytes.
+/// Returns the block in `slot` to its pool if it is empty.
 fn drop_if_empty(slot: &mut Option<IoBuf>) {
     slot.take_if(|block| block.is_empty());
 }

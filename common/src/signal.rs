@@ -1,4 +1,4 @@
-//! Ctrl-C, SIGTERM and a closed terminal as one more fd of the loop (since v03).
+//! Stop signals: Ctrl-C, SIGTERM and a closed terminal, as one more fd of the loop (since v03).
 
 use std::fs;
 use std::io;
@@ -18,13 +18,13 @@ pub struct StopSignals {
 
 impl StopSignals {
     /// From now on these signals stop `event_loop` and have no other effect. Call it before there
-    /// is work to finish, and before threads are started: they inherit the mask.
+    /// is work to finish, and before starting threads, which inherit the mask.
     ///
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn register<S>(event_loop: &mut EventLoop<S>) -> io::Result<Self> {
         let mut blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
-        // Ignored under nohup(1), but signalfd(2) would report it all the same.
+        // Ignored under nohup(1), but signalfd(2) would report it anyway.
         if !is_ignored(Signal::SIGHUP) {
             blocked.add(Signal::SIGHUP);
         }
@@ -35,9 +35,9 @@ impl StopSignals {
         Ok(Self { blocked, fd, token })
     }
 
-    /// Discards the signals that have come and restores the default effect of the next one: a
-    /// second Ctrl-C ends the process at once. SIGHUP stays blocked: it comes from the shell, and
-    /// again from the kernel, when a terminal is closed.
+    /// Discards pending signals and restores their default effect, so that a second Ctrl-C ends the
+    /// process at once. SIGHUP stays blocked: when a terminal is closed, first the shell sends it
+    /// and then the kernel.
     ///
     /// # Errors
     /// Any epoll_ctl(2) or read(2) error; none is known.
@@ -50,7 +50,7 @@ impl StopSignals {
     }
 }
 
-/// From `SigIgn` in proc_pid_status(5), as sigaction(2) needs `unsafe`. Without /proc: no.
+/// Reads `SigIgn` in proc_pid_status(5), because sigaction(2) needs `unsafe`. False without /proc.
 fn is_ignored(signal: Signal) -> bool {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,4 +1,4 @@
-//! Chapter 1: accept, say hello, close. One client after the other.
+//! The program of chapter 1: it says hello and closes, one client at a time.
 
 mod tcp_server;
 
@@ -8,7 +8,7 @@ use common::cli::{self, ServerArgs};
 
 use crate::tcp_server::TcpServer;
 
-/// Chapter 1: a blocking server says hello; a client that does not close holds up the next for 1 s.
+/// Chapter 1: a blocking server says hello; a client that does not close delays the next by 1 s.
 /// Try it: nc 127.0.0.1 7777
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]

@@ -1,4 +1,4 @@
-//! The server.
+//! The server: accepts clients and serves them.
 
 use std::io::{self, Write};
 use std::net::TcpStream;
@@ -9,10 +9,10 @@ use common::cli::Addr;
 use common::net::{self, Listener};
 use tracing::{debug, info, trace};
 
-/// What every client gets to read.
+/// What every client receives.
 const GREETING: &[u8] = b"hello Lars\n";
 
-/// How long one client may hold up the next by not closing its side.
+/// How long a client may delay the next one by not closing its side.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// One listening socket, one thread, one client at a time.
@@ -27,7 +27,7 @@ impl TcpServer {
         Ok(Self { listener })
     }
 
-    /// Serves one client after the other, for ever.
+    /// Serves clients forever, one at a time.
     pub fn do_accept(&mut self) -> ! {
         loop {
             let (stream, peer) = self.listener.accept_blocking();
@@ -42,7 +42,7 @@ impl TcpServer {
     fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
         stream.write_all(GREETING)?;
         trace!("wrote {} bytes", GREETING.len());
-        // What the client writes is not served, but it must not cost it the greeting.
+        // The client's input is ignored, but left unread it would cost the client its greeting.
         net::close_gracefully(stream, LINGER)
     }
 }

@@ -1,4 +1,4 @@
-//! Chapter 2: buffers, and an echo through them. One client after the other.
+//! The program of chapter 2: an echo through buffers, one client at a time.
 
 mod tcp_server;
 
@@ -8,8 +8,8 @@ use common::cli::{self, ServerArgs};
 
 use crate::tcp_server::TcpServer;
 
-/// Chapter 2: a blocking echo through pooled buffers; the second client waits for the first one.
-/// Try it: nc 127.0.0.1 7777, and the same in another terminal
+/// Chapter 2: a blocking echo through pooled buffers; a second client waits for the first.
+/// Try it: nc 127.0.0.1 7777, in two terminals
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {

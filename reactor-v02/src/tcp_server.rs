@@ -1,4 +1,4 @@
-//! The server.
+//! The server: accepts clients and serves them.
 
 use std::io;
 use std::net::TcpStream;
@@ -10,7 +10,7 @@ use common::net::Listener;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use tracing::{debug, info};
 
-/// The most that all buffers together may take, in bytes. A connection beyond that is dropped.
+/// The limit on all buffers together, in bytes. A connection that would exceed it is dropped.
 const POOL_CAP: usize = 1 << 30;
 
 /// One listening socket, one thread, one client at a time.
@@ -27,7 +27,7 @@ impl TcpServer {
         Ok(Self { listener, pool })
     }
 
-    /// Serves one client after the other, for ever.
+    /// Serves clients forever, one at a time.
     pub fn do_accept(&mut self) -> ! {
         loop {
             let (stream, peer) = self.listener.accept_blocking();
@@ -39,7 +39,7 @@ impl TcpServer {
         }
     }
 
-    /// Echoes until the client has sent its last byte.
+    /// Echoes until the end of the stream.
     fn serve(&self, stream: TcpStream) -> io::Result<()> {
         let mut input = InputBuf::new(&self.pool);
         let mut output = OutputBuf::new(&self.pool);
@@ -47,7 +47,7 @@ impl TcpServer {
             if let Some(block) = input.take() {
                 output.send_block(block)?;
             }
-            // Waits for a client that does not read, and every other client waits with it.
+            // A client that does not read blocks this write, and so all other clients.
             output.write_to(&stream)?;
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! Chapter 3: the event loop, and an echo by callbacks. All clients at once, on one thread.
+//! The program of chapter 3: an echo by callbacks, for all clients at once on one thread.
 
 mod tcp_conn;
 mod tcp_server;
@@ -13,7 +13,7 @@ use common::signal::StopSignals;
 use crate::tcp_server::TcpServer;
 
 /// Chapter 3: an echo on an epoll event loop, with thousands of clients at once on one thread.
-/// Try it: nc 127.0.0.1 7777, and the same in another terminal
+/// Try it: nc 127.0.0.1 7777, in two terminals
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {
@@ -23,7 +23,7 @@ struct Args {
 
 fn main() -> ExitCode {
     cli::run_server(|args: Args| {
-        let mut event_loop = EventLoop::new().context("cannot make an event loop")?;
+        let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
         let signals = StopSignals::register(&mut event_loop).context("cannot watch for signals")?;
         let mut server = TcpServer::new(&mut event_loop, &args.server.addr)?;
         event_loop.event_process(&mut server)?;

@@ -1,4 +1,4 @@
-//! One connection.
+//! One connection: its socket, its buffers, and how it reads and writes.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -10,7 +10,7 @@ use common::reactor_buf::{InputBuf, OutputBuf};
 
 use crate::tcp_server::TcpServer;
 
-/// One client: its socket, and its own bytes, in and out.
+/// One client: its socket, its input and its output.
 pub struct TcpConn {
     pub stream: TcpStream,
     pub peer: SocketAddr,
@@ -20,7 +20,7 @@ pub struct TcpConn {
 }
 
 impl TcpConn {
-    /// Step 3: the connection is registered, for reading at first.
+    /// Step 3: registers the connection, for reading at first.
     pub fn new(
         event_loop: &mut EventLoop<TcpServer>,
         stream: TcpStream,
@@ -37,7 +37,7 @@ impl TcpConn {
         Ok(Self { stream, peer, token, input, output })
     }
 
-    /// Step 4: bytes have come. They are read, and reading is swapped for writing.
+    /// Step 4: bytes have arrived. Reads them, then swaps the interest, IN for OUT.
     pub fn do_read(
         &mut self,
         event_loop: &mut EventLoop<TcpServer>,
@@ -47,13 +47,13 @@ impl TcpConn {
         }
         if let Some(block) = self.input.take() {
             self.output.send_block(block)?;
-            // A socket nearly always has room: the next epoll_wait will return at once.
+            // A socket nearly always has room: epoll_wait returns at once, and chapter 4 skips it.
             event_loop.set_interest(&self.stream, self.token, Interest::WRITE)?;
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Step 5: there is room. The bytes are written, and writing is swapped for reading.
+    /// Step 5: there is room. Writes the bytes, then swaps the interest, OUT for IN.
     pub fn do_write(
         &mut self,
         event_loop: &mut EventLoop<TcpServer>,

@@ -1,4 +1,4 @@
-//! The server.
+//! The server: accepts clients and serves them.
 
 use std::collections::HashMap;
 use std::io;
@@ -16,27 +16,27 @@ use tracing::{debug, info, trace, warn};
 
 use crate::tcp_conn::TcpConn;
 
-/// The most that all buffers together may take, in bytes. A connection beyond that is dropped.
+/// The limit on all buffers together, in bytes. A connection that would exceed it is dropped.
 const POOL_CAP: usize = 1 << 30;
 
-/// The maximum number of clients accepted per event, so that a burst cannot starve those connected.
+/// The maximum number of accepts per event, so that a burst cannot starve connected clients.
 const ACCEPTS_PER_EVENT: usize = 64;
 
-/// How long a server that is told to stop may take to serve what has come.
+/// How long a shutdown may take to serve what has arrived.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// One listening socket, one thread, all clients at once.
 pub struct TcpServer {
-    /// `None` once the server is told to stop.
+    /// `None` once the shutdown has begun.
     listener: Option<Listener>,
     token: Token,
     pool: BufPool,
-    /// Boxed: a hash map has empty slots, each the size of an entry.
+    /// Boxed, because a hash map has empty slots, each the size of an entry.
     conns: HashMap<Token, Box<TcpConn>>,
 }
 
 impl TcpServer {
-    /// Step 1: the listening socket is registered, with `accept_callback` for reading.
+    /// Step 1: registers the listening socket, with `accept_callback` for reading.
     pub fn new(event_loop: &mut EventLoop<Self>, addr: &Addr) -> Result<Self> {
         net::raise_fd_limit();
         let listener =
@@ -57,7 +57,7 @@ impl TcpServer {
                 Accepted::Client(stream, peer) => self.add_conn(event_loop, stream, peer),
                 Accepted::WouldBlock => break,
                 Accepted::Exhausted => {
-                    // Pending clients keep the listener readable: watched, it would make us spin.
+                    // Pending clients keep it readable: if still watched, the loop would spin.
                     event_loop.set_interest(listener, self.token, Interest::NONE)?;
                     event_loop.run_after(net::ACCEPT_PAUSE, self.token, Self::accept_callback)?;
                     return Ok(());
@@ -94,7 +94,7 @@ impl TcpServer {
         self.with_conn(event_loop, token, TcpConn::do_write)
     }
 
-    /// Calls `handler`. If that returns `Break` the connection is closed, after an error dropped.
+    /// Calls `handler`. On `Break` the connection is closed gracefully, on an error dropped.
     fn with_conn(
         &mut self,
         event_loop: &mut EventLoop<Self>,
@@ -116,11 +116,11 @@ impl TcpServer {
         Ok(())
     }
 
-    /// Stops listening, serves what has come, and closes all connections, within [`GRACE`].
+    /// Stops listening, serves what has arrived, and closes all connections, within [`GRACE`].
     pub fn drain(&mut self, event_loop: &mut EventLoop<Self>) -> Result<()> {
         let end = Instant::now() + GRACE;
         if let Some(mut listener) = self.listener.take() {
-            // Closing the listener resets the clients that are still in its backlog.
+            // Closing the listener resets the connections still in its backlog.
             for _ in 0..net::BACKLOG {
                 let Accepted::Client(stream, peer) = listener.accept() else { break };
                 self.add_conn(event_loop, stream, peer);

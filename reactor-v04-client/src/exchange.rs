@@ -1,4 +1,4 @@
-//! The program around the client of chapter 4: what is sent, and what becomes of the replies.
+//! The exchange: which messages the client sends, and what it does with the replies.
 
 use std::collections::VecDeque;
 use std::io::{self, BufWriter, IsTerminal, Write};
@@ -20,16 +20,16 @@ use tracing::{debug, trace, warn};
 use crate::Args;
 use crate::tcp_client::TcpClient;
 
-/// The most that all buffers together may take, in bytes.
+/// The limit on all buffers together, in bytes.
 const POOL_CAP: usize = 16 << 20;
 
-/// No more messages are sent while this many bytes of them are unsent or have no reply yet.
+/// No more messages are sent while this many bytes of them are unsent or unanswered.
 const WINDOW: usize = 1 << 20;
 
-/// The pause before the first reconnection; it doubles each time ...
+/// The pause before the first reconnection. It doubles each time,
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 
-/// ... up to this one.
+/// up to this one.
 const MAX_PAUSE: Duration = Duration::from_secs(60);
 
 /// Sends messages without waiting for each reply, and prints the replies.
@@ -38,14 +38,14 @@ pub struct Exchange {
     pool: BufPool,
     client: Option<TcpClient>,
     peer: SocketAddr,
-    /// The other addresses of the name, for when `peer` cannot be connected to.
+    /// The other addresses of the name, in case `peer` cannot be reached.
     untried: VecDeque<SocketAddr>,
     retries: u32,
-    /// Messages to be sent before any more lines.
+    /// Messages to send before reading more lines.
     waiting: VecDeque<Bytes>,
-    /// Messages sent, kept until the reply has come: a new connection starts with them.
+    /// Messages sent but not answered yet: a new connection starts with them.
     unanswered: VecDeque<Bytes>,
-    /// The bytes of the frames of `unanswered`.
+    /// The size of the frames of `unanswered`, in bytes.
     in_flight: usize,
     /// `None` if the messages are on the command line.
     lines: Option<Lines<Self>>,
@@ -66,7 +66,7 @@ impl Exchange {
         }
         let stdin = || Lines::new(event_loop, &pool, Self::stdin_callback);
         let lines = waiting.is_empty().then(stdin).transpose()?;
-        // A user who types has something to see before the first line.
+        // On a terminal, show a reply before the first line is typed.
         if lines.is_some() && io::stdin().is_terminal() {
             waiting.push_back(Bytes::from_static(b"hello lars!"));
         }
@@ -88,7 +88,7 @@ impl Exchange {
         Ok(exchange)
     }
 
-    /// At the start, and when the pause before a reconnection is over.
+    /// Called at startup, and when the pause before a reconnection is over.
     fn connect_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("connect_callback");
         if self.untried.is_empty() {
@@ -161,13 +161,13 @@ impl Exchange {
         Ok(())
     }
 
-    /// Whether the server has something to do: to accept, to reply, or first to read.
+    /// Whether the client waits for the server: to accept, to reply, or first to read.
     fn is_outstanding(&self) -> bool {
         let Some(client) = &self.client else { return false };
         !client.connected || !self.unanswered.is_empty() || !client.output.is_empty()
     }
 
-    /// There is no connection: tries the next address, or later all again, or gives up.
+    /// Without a connection: tries the next address, or all of them again later, or gives up.
     fn on_disconnect(&mut self, event_loop: &mut EventLoop<Self>, reason: &str) -> Result<()> {
         let (peer, n) = (self.peer, self.unanswered.len());
         let mut error = anyhow!("cannot connect to {peer}: {reason}");

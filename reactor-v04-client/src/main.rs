@@ -1,4 +1,4 @@
-//! Chapter 4, the other end: a client on the same event loop.
+//! The program of chapter 4's client, on the same event loop.
 
 mod exchange;
 mod tcp_client;
@@ -13,8 +13,8 @@ use common::event_loop::EventLoop;
 
 use crate::exchange::Exchange;
 
-/// Chapter 4, the other end: sends messages to reactor-v04 and prints the replies.
-/// Try it: cargo run -p reactor-v04-client -- 'hello lars!', or without a message, and type lines
+/// Chapter 4, the client: sends messages to reactor-v04 and prints the replies.
+/// Try it: cargo run -p reactor-v04-client -- 'hello lars!' (without a message, type lines)
 #[derive(clap::Parser)]
 #[command(version, verbatim_doc_comment)]
 struct Args {
@@ -22,7 +22,7 @@ struct Args {
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7777")]
     addr: Addr,
 
-    /// The id of every message, any 32-bit number
+    /// The id of every message: any 32-bit signed number
     #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     id: i32,
 
@@ -30,19 +30,19 @@ struct Args {
     #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = cli::parse_seconds)]
     timeout: Duration,
 
-    /// How often to connect again after a failure, first after 0.1 s, then doubling the pause up
-    /// to a minute; messages without a reply are sent again
+    /// How many times to reconnect after a failure, first after 0.1 s, then doubling the pause up
+    /// to a minute; unanswered messages are sent again
     #[arg(long, value_name = "N", default_value_t = 0)]
     retry: u32,
 
-    /// What to send, one message each [default: the lines of standard input]
+    /// The messages to send [default: the lines of standard input]
     #[arg(value_name = "MESSAGE")]
     messages: Vec<OsString>,
 }
 
 fn main() -> ExitCode {
     cli::run(|args: Args| {
-        let mut event_loop = EventLoop::new().context("cannot make an event loop")?;
+        let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
         let mut exchange = Exchange::new(&mut event_loop, args)?;
         event_loop.event_process(&mut exchange)
     })

@@ -1,4 +1,4 @@
-//! The client of chapter 4: a connection, seen from the other end.
+//! The client's connection: connects, sends messages, receives replies.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use tracing::debug;
 
 use crate::exchange::Exchange;
 
-/// One connection to a server, or the attempt at one.
+/// A connection to a server, or an attempt to connect.
 pub struct TcpClient {
     pub stream: TcpStream,
     peer: SocketAddr,
@@ -23,12 +23,12 @@ pub struct TcpClient {
     pub connected: bool,
     input: InputBuf,
     pub output: OutputBuf,
-    /// Why nothing more can be written. What the server sent before that can still be read.
+    /// Why nothing more can be written. What the server has sent can still be read.
     write_error: Option<io::Error>,
 }
 
 impl TcpClient {
-    /// Step 1: starts to connect. The socket becomes writable when that has succeeded or failed.
+    /// Step 1: starts connecting. The socket becomes writable when that has succeeded or failed.
     pub fn new(
         event_loop: &mut EventLoop<Exchange>,
         peer: SocketAddr,
@@ -42,8 +42,8 @@ impl TcpClient {
         Ok(Self { stream, peer, token, connected: false, input, output, write_error: None })
     }
 
-    /// Step 2: connecting has succeeded or failed. If it succeeded, the callbacks are swapped, and
-    /// the first write asks for reading.
+    /// Step 2: connecting has succeeded or failed. On success, swaps the callbacks; the first write
+    /// then asks for reading.
     pub fn do_connected(&mut self, event_loop: &mut EventLoop<Exchange>) -> io::Result<()> {
         net::connect_result(&self.stream)?;
         debug!("connected to {}", self.peer);
@@ -59,14 +59,14 @@ impl TcpClient {
     /// Step 3: queues one message, to be written together with others.
     ///
     /// # Errors
-    /// The payload is too long, or there is no memory for it. Nothing of it is sent then.
+    /// The payload is too long, or there is no memory for it. Nothing is queued then.
     pub fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
         let header = message::encode_header(id, payload.len())?;
         self.output.send_data(header.chain(payload))?;
         Ok(())
     }
 
-    /// Step 4: messages are written, as far as the socket takes them.
+    /// Step 4: writes messages, as far as the socket takes them.
     pub fn do_write(&mut self, event_loop: &mut EventLoop<Exchange>) -> io::Result<()> {
         if self.write_error.is_none() {
             self.write_error = self.output.write_to(&self.stream).err();
@@ -75,11 +75,11 @@ impl TcpClient {
         event_loop.set_interest(&self.stream, self.token, Interest { read: true, write })
     }
 
-    /// Step 5: replies have come. Each complete one is passed to `message_callback`. `Break` has
-    /// the reason why no more will come.
+    /// Step 5: replies have arrived. Passes each complete one to `message_callback`. `Break` says
+    /// why no more will arrive.
     ///
     /// # Errors
-    /// A bad frame, after the replies before it, and any error of the callback.
+    /// A bad frame, once the replies before it are passed on, and any error of the callback.
     pub fn do_read(
         &mut self,
         message_callback: impl FnMut(Message) -> Result<()>,

@@ -1,4 +1,4 @@
-//! One connection.
+//! One connection: its socket, its buffers, and how it reads and writes.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -18,19 +18,19 @@ use crate::tcp_server::TcpServer;
 /// handles messages until all of it is sent. The reply to one more message still fits 1 MiB.
 const HIGH_WATER: usize = (1024 - 64) * 1024;
 
-/// One client: its socket, the start of a message that is not complete, and unsent replies.
+/// One client: its socket, the start of an incomplete message, and unsent replies.
 pub struct TcpConn {
     pub stream: TcpStream,
     pub peer: SocketAddr,
     pub token: Token,
     input: InputBuf,
     pub output: OutputBuf,
-    /// Set above [`HIGH_WATER`] until all output is sent: `input` may hold complete messages.
+    /// Set above [`HIGH_WATER`] until all output is sent: `input` may hold whole messages then.
     full: bool,
 }
 
 impl TcpConn {
-    /// Step 3: the connection is registered, for reading at first.
+    /// Step 3: registers the connection, for reading at first.
     pub fn new(
         event_loop: &mut EventLoop<TcpServer>,
         stream: TcpStream,
@@ -38,7 +38,7 @@ impl TcpConn {
         pool: &BufPool,
     ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        // A reply is complete when it is written: nothing is gained by waiting for more (Nagle).
+        // Every write is a complete reply: waiting for more (Nagle) would only delay it.
         stream.set_nodelay(true)?;
         let callbacks = Callbacks {
             read: Some(TcpServer::conn_rd_callback),
@@ -49,7 +49,7 @@ impl TcpConn {
         Ok(Self { stream, peer, token, input, output, full: false })
     }
 
-    /// Step 4: bytes have come. They are read, and then it goes on as if there were room.
+    /// Step 4: bytes have arrived. Reads them, then goes on to step 5 without waiting for room.
     pub fn do_read(
         &mut self,
         event_loop: &mut EventLoop<TcpServer>,
@@ -65,7 +65,7 @@ impl TcpConn {
         self.do_write(event_loop)
     }
 
-    /// Step 5: there may be room. Complete messages are answered, and the replies written.
+    /// Step 5: there may be room. Answers the complete messages, and writes the replies.
     pub fn do_write(
         &mut self,
         event_loop: &mut EventLoop<TcpServer>,
@@ -78,7 +78,7 @@ impl TcpConn {
             self.full = self.output.len() > HIGH_WATER;
         }
         self.output.write_to(&self.stream)?;
-        // Messages held back in `input` make no event: room to write brings us back to them.
+        // Messages held back in `input` cause no event: the loop returns to them when it can write.
         let interest = Interest { read: !self.full, write: self.full || !self.output.is_empty() };
         event_loop.set_interest(&self.stream, self.token, interest)?;
         Ok(ControlFlow::Continue(()))
@@ -98,10 +98,10 @@ impl TcpConn {
         Ok(())
     }
 
-    /// Queues one message: the replies to one read leave together.
+    /// Queues one message: all replies to one read leave together.
     ///
     /// # Errors
-    /// The payload is too long, or there is no memory for it. Nothing of it is sent then.
+    /// The payload is too long, or there is no memory for it. Nothing is queued then.
     pub fn send_message(&mut self, payload: &[u8], id: i32) -> anyhow::Result<()> {
         let header = message::encode_header(id, payload.len())?;
         self.output.send_data(header.chain(payload))?;

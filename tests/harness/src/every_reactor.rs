@@ -1,5 +1,5 @@
-//! What every server on the event loop promises: chapters 3 and 4.
-//! [`every_reactor!`](crate::every_reactor!) makes a test of each promise.
+//! The promises of every server on the event loop, from chapter 3 on.
+//! [`every_reactor!`](crate::every_reactor!) turns each promise into a test.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -23,11 +23,11 @@ use crate::{
 pub struct Chapter {
     /// Its binary.
     pub exe: &'static str,
-    /// What to send so that the payload is in it and all of it comes back.
+    /// Wraps a payload in a message that the server echoes.
     pub message: fn(&[u8]) -> Vec<u8>,
-    /// What one client that never reads may cost the server, in KiB.
+    /// How much memory a client that never reads may cost the server, in KiB.
     pub stuck_kib: u64,
-    /// What one client may cost that has stopped in the middle of something, in KiB.
+    /// How much memory a client that stops in the middle of a message may cost, in KiB.
     pub midway_kib: u64,
 }
 
@@ -85,7 +85,7 @@ impl Chapter {
         Server::start(self.exe)
     }
 
-    /// The same, and it logs what becomes of each connection.
+    /// Starts it with a log of each connection.
     #[track_caller]
     fn start_talkative(&self) -> Server {
         if crate::reactor_cmd().is_some() {
@@ -101,8 +101,8 @@ impl Chapter {
         assert_echo(client, &(self.message)(payload));
     }
 
-    /// A hundred pings, each answered within a second. This machine may have other things to do for
-    /// a while: then it has to be true a little later.
+    /// A hundred pings, each answered within a second. This machine may be busy for a while, so
+    /// there are five attempts.
     #[track_caller]
     fn assert_served_within_the_second(&self, client: &TcpStream) {
         let mut late = 0;
@@ -126,8 +126,8 @@ impl Chapter {
         message.repeat(n.div_ceil(message.len()))
     }
 
-    /// Sends whole messages without reading until no more is taken, and returns what has been sent
-    /// and what is left of the last message, from the same thread.
+    /// Sends whole messages without reading until the socket is full. Returns what has been sent,
+    /// and the unsent rest of the last message.
     #[track_caller]
     fn stuff(&self, client: &TcpStream) -> (Vec<u8>, Vec<u8>) {
         let bytes = self.messages(64 << 20, 7);
@@ -138,17 +138,17 @@ impl Chapter {
     }
 }
 
-/// Waits until it has done all that it can, which one that spins never has.
+/// Waits until the server has nothing more to do. One that spins never gets there.
 #[track_caller]
 fn wait_until_idle(server: &Server) {
-    wait_until("it leaves the processor alone", || {
+    wait_until("the server is idle", || {
         let before = server.cpu();
         thread::sleep(QUIET);
         server.cpu() - before < QUIET / 10
     });
 }
 
-/// SIGTERM ends it with code 0, and at that time no connection is left, and no block in use.
+/// SIGTERM ends it with code 0, with no connection left and no block in use.
 #[track_caller]
 fn assert_stops_with_nothing_in_use(mut server: Server) {
     server.signal(Signal::SIGTERM);
@@ -168,7 +168,7 @@ pub fn the_second_client_does_not_wait(chapter: Chapter) {
     chapter.ping(&first, b"first");
     let second = server.connect();
     chapter.ping(&second, b"second");
-    chapter.ping(&first, b"still first");
+    chapter.ping(&first, b"first again");
 }
 
 /// The C++ v0.3 has one buffer for all clients, and mixes up two of one batch.
@@ -252,8 +252,8 @@ pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
     wait_until_idle(&server);
 }
 
-/// More clients that never read than there is memory for (RLIMIT_AS): those that it has none for
-/// are dropped, and the log says why. (`vec!` aborts the process.)
+/// More clients that never read than there is memory for (RLIMIT_AS): the excess ones are dropped,
+/// and the log says why. (`vec!` would abort the process.)
 pub fn survives_a_shortage_of_memory(chapter: Chapter) {
     const LIMIT_KIB: u64 = 200 << 10;
     let server = Server::start_under(chapter.exe, &format!("-v {LIMIT_KIB}"));
@@ -301,7 +301,7 @@ pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
     wait_until_idle(&server);
     let grown = server.status("VmRSS") - before;
     assert!(grown < 200 * chapter.midway_kib + 256, "by {grown} KiB");
-    // And they may go on after all.
+    // They may still continue.
     for client in &clients {
         write(client, &message[half..]);
     }
@@ -329,7 +329,7 @@ pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) 
                 received.fetch_add(n, Ordering::Relaxed);
             }
         });
-        wait_until("it has begun", || received.load(Ordering::Relaxed) > 4 << 20);
+        wait_until("data flows", || received.load(Ordering::Relaxed) > 4 << 20);
         let other = server.connect();
         chapter.assert_served_within_the_second(&other);
         done.store(true, Ordering::Relaxed);
@@ -364,7 +364,7 @@ pub fn a_reset_ends_one_connection_and_is_logged(chapter: Chapter) {
     chapter.ping(&other, b"served");
 }
 
-/// Before anything, in the queue before accept, in the middle of something, with replies unread,
+/// Before the first byte, in the accept queue, in the middle of a message, with replies unread, and
 /// while the server cannot write.
 pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
     let server = chapter.start();
@@ -396,7 +396,7 @@ pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
                 server.signal(Signal::SIGCONT);
             }
         }
-        wait_until("all are closed", || server.fds() == fds);
+        wait_until("all connections are closed", || server.fds() == fds);
     };
     assert_costs_no_memory(&server, resets, 1000);
     chapter.ping(&server.connect(), b"served");
@@ -413,15 +413,15 @@ pub fn thousands_who_say_nothing_leave_nothing_behind(chapter: Chapter) {
                 reset(client);
             }
         }
-        wait_until("all are closed", || server.fds() == fds);
+        wait_until("all connections are closed", || server.fds() == fds);
     };
     assert_costs_no_memory(&server, come_and_go, 1500);
     chapter.ping(&server.connect(), b"served");
     assert_stops_with_nothing_in_use(server);
 }
 
-/// Runs `clients` twice, `count` of them each time: by the second time the server has all that it
-/// needs, and grows no more. A kilobyte left behind by each of them would show.
+/// Runs `clients` twice, with `count` of them each time. The first time the server allocates what it
+/// needs; the second time it must not grow. A leak of 1 KiB per client would show.
 #[track_caller]
 fn assert_costs_no_memory(server: &Server, clients: impl Fn(usize), count: usize) {
     clients(count);
@@ -443,8 +443,8 @@ pub fn urgent_data_does_no_harm(chapter: Chapter) {
     wait_until_idle(&server);
 }
 
-/// Clients of one batch go, with and without replies pending, and others come in their places: the
-/// fds are the same, the bytes are not.
+/// Clients leave, with and without replies pending, and in the same batch others connect and get
+/// their fds. The fds are the same, but the bytes must not be.
 pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
     let server = chapter.start();
     let mut clients: HashMap<u64, TcpStream> = HashMap::new();
@@ -452,7 +452,7 @@ pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
     for round in 0..40_u64 {
         server.signal(Signal::SIGSTOP);
         for n in round * 20..(round + 1) * 20 {
-            // Twenty come, and those of the round before go, each in another way.
+            // Twenty connect, and those of the previous round leave, in four different ways.
             if let Some(client) = clients.remove(&n.wrapping_sub(20)) {
                 match n % 4 {
                     0 => drop(client),
@@ -489,8 +489,8 @@ pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
     }
 }
 
-/// More clients than fds: those that are connected are served, the others wait until one leaves. One
-/// line in the log, and no spinning. (The C++ course's servers spin or exit.)
+/// With more clients than fds, the connected ones are served, and the others wait until one leaves.
+/// One line in the log, and no spinning. (The C++ course's servers spin or exit.)
 pub fn serves_whom_it_has_when_it_is_out_of_fds(chapter: Chapter) {
     let server = Server::start_under(chapter.exe, "-n 64");
     let clients: Vec<TcpStream> = (0..120).map(|_| server.connect()).collect();
@@ -510,7 +510,7 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     let mut server = chapter.start();
     chapter.ping(&server.connect(), b"hello");
     let before = server.status("VmRSS");
-    // Fewer where the administrator allows no more.
+    // Fewer if the hard limit is lower.
     let n = 10_000.min(raise_fd_limit() - 500);
     let clients: Vec<TcpStream> = (0..n).map(|_| server.connect()).collect();
     for client in &clients {
@@ -522,15 +522,15 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     server.signal(Signal::SIGTERM);
     assert_stopped_with_nothing_in_use(&mut server);
     assert_eq!(read_to_end(&clients[0]), b"");
-    // One after the other they had one block, or two: one for what came and one for what went.
+    // One after another they needed one block or two: one for input, one for output.
     let log = server.wait_for_log("stopped");
     assert!(
-        log.is_empty() || log.ends_with(", 4096 B at most") || log.ends_with(", 8192 B at most"),
+        log.is_empty() || log.ends_with(", 4096 B peak") || log.ends_with(", 8192 B peak"),
         "{log}"
     );
 }
 
-/// A client that looks idle may be sending this very moment: it is told (FIN), and has to close.
+/// A client that looks idle may be sending at this very moment. So it gets a FIN, and has to close.
 pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
         let mut server = chapter.start_talkative();
@@ -545,8 +545,8 @@ pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     }
 }
 
-/// From a few bytes to more than one read brings, and then the end of the stream and no reset. The
-/// client closes too, and that is seen: it was told while the server was still there.
+/// From a single byte to more than one read returns, followed by the end of the stream, not a reset.
+/// The server waits for the client to close too.
 pub fn answers_what_came_before_the_signal(chapter: Chapter) {
     for n in [1, 40_000, 300_000] {
         let mut server = chapter.start_talkative();
@@ -565,13 +565,13 @@ pub fn answers_what_came_before_the_signal(chapter: Chapter) {
     }
 }
 
-/// Closing with unread input would reset the connection, and replies on their way would be lost.
+/// Closing with unread input would reset the connection, and replies in flight would be lost.
 pub fn what_is_on_its_way_arrives_though_more_has_come(chapter: Chapter) {
     let mut server = chapter.start();
     let client = server.connect();
     let messages = chapter.messages(400_000, 1);
     write(&client, &messages);
-    // In the kernels of both sides by then, and not all of it on this one.
+    // By now the replies are in the kernel, on both sides, and not all of them on this one.
     wait_until_idle(&server);
     server.signal(Signal::SIGSTOP);
     write(&client, &messages);
@@ -583,7 +583,7 @@ pub fn what_is_on_its_way_arrives_though_more_has_come(chapter: Chapter) {
     assert_stopped_with_nothing_in_use(&mut server);
 }
 
-/// What is in the server's own buffer, and in the kernel's.
+/// The pending output is in the server's buffer and in the kernel's.
 pub fn delivers_what_is_pending_before_it_stops(chapter: Chapter) {
     let mut server = chapter.start();
     let client = server.connect();
@@ -600,7 +600,7 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     let client = server.connect();
     chapter.ping(&client, b"hello");
     let messages = chapter.messages(1, 1);
-    // In this order, so that the signal is looked at first, with the message still to be read.
+    // In this order, so that the server handles the signal first, with the message still unread.
     server.wait_until_asleep();
     server.signal(Signal::SIGSTOP);
     server.signal(Signal::SIGTERM);
@@ -621,11 +621,11 @@ pub fn a_client_that_never_reads_does_not_keep_it_from_stopping(chapter: Chapter
     server.wait_for_log("stopped; cut off: ");
 }
 
-/// The replies are in the kernel's queue, and the client looks idle. Closed without waiting for it, it
-/// would lose them to the reset that its next message gets.
+/// The replies are in the kernel's queue, and the client looks idle. If the server closed without
+/// waiting, the client's next message would cause a reset, which would destroy them.
 pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
     let messages = chapter.messages(100_000, 1);
-    // This machine may have so much to do that the client is not in time: that proves nothing.
+    // On a busy machine the client may be late, which proves nothing: try again.
     let start = Instant::now();
     while start.elapsed() < LIMIT {
         let mut server = chapter.start();
@@ -646,14 +646,14 @@ pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
             return;
         }
     }
-    panic!("it never waits for its client");
+    panic!("the server never waits for its client");
 }
 
-/// The server has stopped reading from a client that does not read (backpressure), and what it has
-/// sent waits in the kernel: that is not quiet, and no reason to end before the client reads on.
+/// The server has stopped reading from a client that does not read (backpressure), and its output
+/// waits in the kernel. That does not count as quiet: the server must wait for the client to read.
 pub fn a_client_that_reads_late_gets_all_that_came_before_the_stop(chapter: Chapter) {
     let len = (chapter.message)(&[0; 1000]).len();
-    // As above.
+    // Several attempts, as above.
     let start = Instant::now();
     while start.elapsed() < LIMIT {
         let mut server = chapter.start();
@@ -670,10 +670,10 @@ pub fn a_client_that_reads_late_gets_all_that_came_before_the_stop(chapter: Chap
             return;
         }
     }
-    panic!("it never waits for its client");
+    panic!("the server never waits for its client");
 }
 
-/// Each of them has sent something, and none has been accepted when the signal comes.
+/// All clients have sent something, and none has been accepted when the signal arrives.
 pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
     let mut server = chapter.start();
     let messages = chapter.messages(5000, 1);
@@ -690,7 +690,7 @@ pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
     assert_stopped_with_nothing_in_use(&mut server);
 }
 
-/// What they get is the start of what they have sent, and then the end of the stream.
+/// They receive a prefix of what they have sent, and then the end of the stream.
 pub fn clients_that_send_all_the_while_are_not_reset_by_the_stop(chapter: Chapter) {
     for seed in 0..5 {
         let mut server = chapter.start();
@@ -709,7 +709,7 @@ pub fn clients_that_send_all_the_while_are_not_reset_by_the_stop(chapter: Chapte
                     let _ = client.shutdown(Shutdown::Both);
                 });
             }
-            wait_until("all are busy", || begun.load(Ordering::Relaxed) == 8);
+            wait_until("all clients are busy", || begun.load(Ordering::Relaxed) == 8);
             server.signal(Signal::SIGTERM);
         });
         assert_eq!(server.wait().code(), Some(0));

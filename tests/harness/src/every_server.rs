@@ -1,5 +1,5 @@
-//! What every server promises, whatever its chapter. [`every_server!`](crate::every_server!) makes
-//! a test of each promise.
+//! The promises of every server, in all chapters. [`every_server!`](crate::every_server!) turns each
+//! promise into a test.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
@@ -15,8 +15,8 @@ use nix::unistd::Pid;
 
 use crate::{LIMIT, Server, connect, run, run_command, wait_until, wait_until_closing};
 
-/// One test per promise, for the binary `$exe`. `$works` is a function that asks a server for what
-/// it is there for, over a fresh connection.
+/// One test per promise, for the binary `$exe`. `$works` is a function that checks over a fresh
+/// connection that the server does its job.
 #[macro_export]
 macro_rules! every_server {
     ($exe:expr, $works:expr, [$($promise:ident),* $(,)?]) => {
@@ -51,7 +51,7 @@ macro_rules! every_server {
     };
 }
 
-/// Asks the server at the other end for what it is there for.
+/// Checks that the server at the other end does its job.
 pub type Works = fn(&TcpStream);
 
 fn name(exe: &str) -> &str {
@@ -72,7 +72,7 @@ pub fn says_what_it_is(exe: &str, _: Works) {
 pub fn listens_where_it_is_told(exe: &str, works: Works) {
     for addr in ["127.0.0.1:0", "[::1]:0", "localhost:0"] {
         if addr.starts_with('[') && TcpListener::bind(addr).is_err() {
-            eprintln!("no IPv6 on this machine: {addr} is not tried");
+            eprintln!("no IPv6 on this machine: {addr} is not tested");
             continue;
         }
         works(&Server::start_on(exe, addr).connect());
@@ -111,7 +111,7 @@ pub fn says_that_the_address_is_not_its_own(exe: &str, _: Works) {
     assert_one_line_about(exe, "192.0.2.1:7777", "Cannot assign requested address");
 }
 
-/// Or it would keep its port for ever, out of sight.
+/// Otherwise it would keep its port forever, out of sight.
 pub fn ends_with_its_terminal_but_not_under_nohup(exe: &str, works: Works) {
     crate::chapter_only!("what SIGHUP does is up to each program");
     let start = |setup: &str| {
@@ -125,7 +125,7 @@ pub fn ends_with_its_terminal_but_not_under_nohup(exe: &str, works: Works) {
     let client = server.connect();
     server.signal(Signal::SIGHUP);
     wait_until_closing(&client);
-    // Shells pass it on when they get it, and the kernel sends it again when they end.
+    // A shell passes the signal on, and the kernel sends it again when the shell ends.
     server.signal(Signal::SIGHUP);
     assert_ended_by(exe, Signal::SIGHUP, server.wait());
 
@@ -135,7 +135,7 @@ pub fn ends_with_its_terminal_but_not_under_nohup(exe: &str, works: Works) {
     works(&server.connect());
 }
 
-/// With code 0 where there is a handler, from chapter 3 on.
+/// From chapter 3 on there is a handler, and the exit code is 0.
 #[track_caller]
 fn assert_ended_by(exe: &str, signal: Signal, status: ExitStatus) {
     let handled = name(exe) >= "reactor-v03";
@@ -143,8 +143,8 @@ fn assert_ended_by(exe: &str, signal: Signal, status: ExitStatus) {
     assert_eq!((status.code(), status.signal()), expected);
 }
 
-/// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, to a
-/// pipe and to a terminal without a reader.
+/// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, and to
+/// a pipe and a terminal that are never read.
 pub fn outlives_its_log(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     let start = |setup: &str, stderr: Stdio| {
@@ -169,7 +169,7 @@ pub fn outlives_its_log(exe: &str, works: Works) {
     drop(gone.0.stderr.take());
     works(&connect(addr));
 
-    // A pipe holds 64 KiB, and so does a terminal; one connection logs some 100 bytes at the least.
+    // A pipe and a terminal hold 64 KiB each; one connection logs at least about 100 bytes.
     let (mut unread, addr) = start(unlimited, Stdio::piped());
     for _ in 0..1500 {
         works(&connect(addr));
@@ -185,8 +185,8 @@ pub fn outlives_its_log(exe: &str, works: Works) {
     }
 }
 
-/// A terminal that the server may not open a second time, and so cannot make non-blocking. Its last
-/// line is shown; and without a reader, neither clients nor a signal wait for that.
+/// The server may not open this terminal again, so it cannot make it non-blocking. Its last line is
+/// still shown. If the terminal is never read, that delays neither clients nor a signal.
 pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     const NO_ACCESS: &str = "exec setpriv --bounding-set=-dac_override,-dac_read_search";
@@ -199,7 +199,7 @@ pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
     };
     let may = Command::new("sh").args(["-c", &format!("{NO_ACCESS} true")]).status().unwrap();
     let (Ok((mut screen, slave)), true) = (terminal(), may.success()) else {
-        eprintln!("not root: the terminal of another user is not tried");
+        eprintln!("not root: the terminal of another user is not tested");
         return;
     };
     let script = format!("{NO_ACCESS} \"$0\" --addr 192.0.2.1:7777");
@@ -233,7 +233,7 @@ pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
 struct KillOnDrop(std::process::Child);
 
 impl KillOnDrop {
-    /// A server may have other threads: an answer to an exercise has.
+    /// A server may have other threads, as in an answer to an exercise.
     fn log_threads(&self) -> usize {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
         let names = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")));
@@ -241,7 +241,7 @@ impl KillOnDrop {
     }
 }
 
-/// Starts the server by the shell's `setup`, logging every step to `stderr`, and waits until it
+/// Starts the server with the shell's `setup`, logging every step to `stderr`, and waits until it
 /// listens.
 fn start_with_log(exe: &str, setup: &str, stderr: Stdio) -> (KillOnDrop, SocketAddr) {
     let addr = Server::start(exe).addr();
@@ -291,8 +291,8 @@ pub fn can_be_started_again_at_once(exe: &str, works: Works) {
     let mut server = Server::start(exe);
     let addr = server.addr().to_string();
     works(&server.connect());
-    // Connected, and not the first to close: the server's side will be the one in TIME_WAIT.
-    wait_until("it has closed that", || server.fds() == idle_fds(exe));
+    // This client does not close first, so that the server's side ends up in TIME_WAIT.
+    wait_until("it has closed the first connection", || server.fds() == idle_fds(exe));
     let client = server.connect();
     wait_until("it is accepted", || server.fds() > idle_fds(exe));
     server.signal(Signal::SIGTERM);
@@ -303,7 +303,7 @@ pub fn can_be_started_again_at_once(exe: &str, works: Works) {
 
 pub fn takes_a_burst_of_clients(exe: &str, works: Works) {
     let server = Server::start(exe);
-    // While it is stopped all of them have to wait in the queue of the kernel.
+    // While the server is stopped, all of them have to wait in the kernel's accept queue.
     server.signal(Signal::SIGSTOP);
     let clients: Vec<TcpStream> = (0..1000).map(|_| server.connect()).collect();
     server.signal(Signal::SIGCONT);

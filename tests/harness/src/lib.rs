@@ -1,12 +1,12 @@
-//! Runs the binary of a chapter, talks to it over real sockets and looks at it from outside.
+//! The test harness: runs a chapter's binary, connects to it over real sockets and observes it.
 //!
-//! Or another program, in any language: REACTOR_CMD is its command, as `./mine --addr {addr}`,
-//! relative to the folder where the user is. For `{addr}` it gets a free port, or what the test asks
-//! for.
+//! Or another program, in any language: REACTOR_CMD is its command, such as `./mine --addr {addr}`,
+//! relative to the user's directory. `{addr}` is replaced by the address that the test asks for, or
+//! one with a free port.
 //!
-//! Whatever waits here waits for a condition, and panics after [`LIMIT`], at the caller's line.
+//! Every wait in here is for a condition, and panics after [`LIMIT`] at the caller's line.
 
-// A test that cannot get a socket or a process has failed, and says so best by a panic.
+// A test that cannot get a socket or a process has failed, so it may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 pub mod every_reactor;
@@ -28,10 +28,10 @@ pub use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt::Linger, sockopt::RcvBuf};
 use nix::unistd::Pid;
 
-/// The longest that anything may take: far more than it does, so that only what hangs gets there.
+/// The time limit for everything: far more than anything needs, so that only a hang reaches it.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
-/// How long to look on when nothing should happen.
+/// How long to watch when nothing should happen.
 pub const QUIET: Duration = Duration::from_millis(300);
 
 /// Waits until `condition` holds.
@@ -39,7 +39,7 @@ pub const QUIET: Duration = Duration::from_millis(300);
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < LIMIT, "waited in vain: {what}");
+        assert!(start.elapsed() < LIMIT, "timed out waiting until {what}");
         thread::sleep(Duration::from_millis(2));
     }
 }
@@ -49,7 +49,7 @@ fn reactor_cmd() -> Option<String> {
     env::var("REACTOR_CMD").ok().filter(|command| !command.is_empty())
 }
 
-/// Skips a test that only the chapter's own program can pass when another one is tested.
+/// When another program is tested, skips a test that only the chapter's own program can pass.
 #[macro_export]
 macro_rules! chapter_only {
     ($why:literal) => {
@@ -60,19 +60,19 @@ macro_rules! chapter_only {
     };
 }
 
-/// Whether another program is tested: says so then, for [`chapter_only!`].
+/// Whether another program is tested; if so, reports the skipped test. For [`chapter_only!`].
 pub fn is_skipped(closure: &str, why: &str) -> bool {
     let skipped = reactor_cmd().is_some();
     if skipped {
         let path = closure.trim_end_matches("::{{closure}}");
         let test = path.split_once("::").map_or(path, |(_, test)| test);
-        // Not by a macro: libtest keeps what those print to itself if the test passes.
+        // Not with `eprintln!`, whose output libtest hides if the test passes.
         io::stderr().write_all(format!("skipped: {test}: {why}\n").as_bytes()).unwrap();
     }
     skipped
 }
 
-/// A running process, killed when dropped, and what it has written to stderr.
+/// A running process with its stderr so far. Killed when dropped.
 pub struct Process {
     child: Child,
     log: Arc<Mutex<String>>,
@@ -112,7 +112,7 @@ impl Process {
             }
             assert!(start.elapsed() < LIMIT, "no {text:?} in the log:\n{log}");
             if self.has_ended() {
-                // What it wrote last may still be on its way here.
+                // Its last output may still be in the pipe.
                 thread::sleep(QUIET);
                 let log = self.log();
                 let line = log.lines().find(|line| line.contains(text));
@@ -135,7 +135,7 @@ impl Process {
     /// Sends it a signal.
     #[track_caller]
     pub fn signal(&self, signal: Signal) {
-        signal::kill(self.pid(), signal).expect("the process is there");
+        signal::kill(self.pid(), signal).expect("the process is running");
     }
 
     /// Whether it has not ended yet.
@@ -143,7 +143,7 @@ impl Process {
         self.child.try_wait().unwrap().is_none()
     }
 
-    /// Whether it has ended, asked without taking its exit code.
+    /// Whether it has ended. Does not reap it.
     fn has_ended(&self) -> bool {
         let stat = fs::read_to_string(self.proc("stat")).unwrap_or_default();
         stat.is_empty() || stat.contains(") Z ")
@@ -160,7 +160,7 @@ impl Process {
         status.expect("it has ended")
     }
 
-    /// Lets it have `limit` fds, if its hard limit is not lower.
+    /// Raises its soft limit on fds to `limit`, if its hard limit is not lower.
     #[track_caller]
     pub fn allow_fds(&self, limit: u32) {
         let pid = format!("--pid={}", self.child.id());
@@ -174,25 +174,25 @@ impl Process {
         fs::read_dir(self.proc("fd")).unwrap().count()
     }
 
-    /// The processor time that it has used.
+    /// The CPU time that it has used.
     pub fn cpu(&self) -> Duration {
         let stat = fs::read_to_string(self.proc("stat")).unwrap();
-        // The fields behind the name, which may contain blanks: utime and stime are the 14th and
-        // 15th of proc_pid_stat(5), in ticks of 10 ms.
+        // The fields after the name, which may contain spaces: utime and stime are the 14th and
+        // 15th in proc_pid_stat(5), in ticks of 10 ms.
         let fields: Vec<&str> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
         let ticks: u64 = fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap();
         Duration::from_millis(ticks * 10)
     }
 
-    /// A figure of proc_pid_status(5), `VmRSS` (in kB) or `voluntary_ctxt_switches` for example.
+    /// A number in proc_pid_status(5), for example `VmRSS` (in kB) or `voluntary_ctxt_switches`.
     #[track_caller]
     pub fn status(&self, name: &str) -> u64 {
         let status = fs::read_to_string(self.proc("status")).unwrap();
-        let line = status.lines().find(|line| line.starts_with(name)).expect("a known figure");
+        let line = status.lines().find(|line| line.starts_with(name)).expect("a known field");
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
-    /// Waits until it sleeps: until it has not woken up for more than a second.
+    /// Waits until it sleeps, which means that it has not woken up for more than a second.
     #[track_caller]
     pub fn wait_until_asleep(&self) {
         wait_until("it sleeps", || {
@@ -202,8 +202,8 @@ impl Process {
         });
     }
 
-    /// Whether it listens on `port`, and then whether on an IPv6 address. /proc tells, since a
-    /// connection would be noticed.
+    /// Whether it listens on `port`, and if so, whether on an IPv6 address. Asks /proc, because the
+    /// server would notice a connection.
     fn listens_on(&self, port: u16) -> Option<bool> {
         let fds = fs::read_dir(self.proc("fd")).ok()?.flatten();
         let files: Vec<PathBuf> = fds.filter_map(|fd| fs::read_link(fd.path()).ok()).collect();
@@ -213,9 +213,9 @@ impl Process {
             let fields: Vec<&str> = line.split_whitespace().collect();
             let (local, state) = (fields[1], fields[3]);
             let listens = local.ends_with(&port) && state == "0A";
-            // Its own socket: another program may have been given the port meanwhile.
+            // Only its own socket counts: another program may have got the port in the meantime.
             let own = || files.contains(&format!("socket:[{}]", fields[9]).into());
-            // Eight digits are an IPv4 address, and so are these before eight digits.
+            // Eight digits are an IPv4 address; with this prefix, it is an IPv4-mapped one.
             let ipv6 = local.len() > 13 && !local.starts_with("0000000000000000FFFF0000");
             (listens && own()).then_some(ipv6)
         })
@@ -231,7 +231,7 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if thread::panicking() && reactor_cmd().is_some() {
-            // What it wrote last may still be on its way here.
+            // Its last output may still be in the pipe.
             thread::sleep(QUIET);
             eprintln!("The program's output:\n{}", self.log());
         }
@@ -275,7 +275,7 @@ impl Server {
     }
 
     /// Starts the server `exe` on a free port under `limit`, the arguments of the shell's ulimit:
-    /// `-n 64` for 64 fds and never more, `-Sn 64` for as many at first.
+    /// `-n 64` for a hard limit of 64 fds, `-Sn 64` for a soft one.
     #[track_caller]
     pub fn start_under(exe: &str, limit: &str) -> Self {
         if let Some(command) = reactor_cmd() {
@@ -285,7 +285,7 @@ impl Server {
         Self::from(Command::new("sh").args(["-c", &script, exe]).env_remove("RUST_LOG"))
     }
 
-    /// Starts a server by `command` and waits until it says where it listens.
+    /// Starts a server with `command` and waits until its log says where it listens.
     #[track_caller]
     pub fn from(command: &mut Command) -> Self {
         raise_fd_limit();
@@ -298,7 +298,7 @@ impl Server {
     /// Starts the program of REACTOR_CMD, after `limit`, and waits until it listens.
     #[track_caller]
     fn start_other(command: &str, addr: &str, limit: &str) -> Self {
-        assert!(command.contains("{addr}"), "REACTOR_CMD has no {{addr}} in it: {command}");
+        assert!(command.contains("{addr}"), "REACTOR_CMD does not contain {{addr}}: {command}");
         raise_fd_limit();
         let host = addr.rsplit_once(':').expect("HOST:PORT").0;
         let mut tries = 1..=10;
@@ -307,18 +307,18 @@ impl Server {
             let port = listener.local_addr().unwrap().port();
             drop(listener);
             let addr = format!("{host}:{port}");
-            // No process in between: pid, signals and limits are the program's own.
+            // `exec`, so that the pid, signals and limits are the program's own.
             let script = format!("{limit}exec >&2; exec {}", command.replace("{addr}", &addr));
             let mut shell = Command::new("sh");
             shell.args(["-c", &script]).stdin(Stdio::null()).env_remove("RUST_LOG");
-            // Cargo runs tests in another folder than the user's, but leaves this as it was.
+            // Cargo runs tests in another directory than the user's, but keeps PWD.
             shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
             let process = Process::start(&mut shell);
 
             let start = Instant::now();
             while start.elapsed() < LIMIT && !process.has_ended() {
                 if let Some(ipv6) = process.listens_on(port) {
-                    // It may still have an fd to open for its event loop.
+                    // It may still have to open an fd for its event loop.
                     thread::sleep(QUIET / 3);
                     let addrs: Vec<SocketAddr> = addr.to_socket_addrs().unwrap().collect();
                     let addr = addrs.iter().find(|addr| addr.is_ipv6() == ipv6);
@@ -329,19 +329,19 @@ impl Server {
             let lost_its_port = process.has_ended() && TcpListener::bind(&addr).is_err();
             if !lost_its_port || tries.next().is_none() {
                 let what = if process.has_ended() { "ended" } else { "ran for 30 s" };
-                panic!("REACTOR_CMD: {script:?} {what}, and did not listen itself");
+                panic!("REACTOR_CMD: {script:?} {what} without listening");
             }
         }
     }
 
-    /// Waits for a line in the chapter's log. Another program need not have it: then this returns an
-    /// empty line at once.
+    /// Waits for a line in the chapter's log. Another program does not need to log it: then this
+    /// returns an empty line at once.
     #[track_caller]
     pub fn wait_for_log(&self, text: &str) -> String {
         if reactor_cmd().is_some() { String::new() } else { self.process.wait_for_log(text) }
     }
 
-    /// Checks that `text` is in the chapter's log just once, which another program need not have.
+    /// Checks that the chapter's log contains `text` exactly once. Passes for another program.
     #[track_caller]
     pub fn assert_logged_once(&self, text: &str) {
         let log = self.log();
@@ -354,14 +354,14 @@ impl Server {
         self.addr
     }
 
-    /// A connection to it. Reads and writes that take longer than [`LIMIT`] fail.
+    /// Connects to it. Reads and writes that take longer than [`LIMIT`] fail.
     #[track_caller]
     pub fn connect(&self) -> TcpStream {
         connect(self.addr)
     }
 }
 
-/// A connection to `addr`. Reads and writes that take longer than [`LIMIT`] fail.
+/// Connects to `addr`. Reads and writes that take longer than [`LIMIT`] fail.
 #[track_caller]
 pub fn connect(addr: SocketAddr) -> TcpStream {
     let stream = TcpStream::connect_timeout(&addr, LIMIT).expect("the server listens");
@@ -370,7 +370,7 @@ pub fn connect(addr: SocketAddr) -> TcpStream {
     stream
 }
 
-/// Reads just `n` bytes.
+/// Reads exactly `n` bytes.
 #[track_caller]
 pub fn read(mut stream: &TcpStream, n: usize) -> Vec<u8> {
     let mut bytes = vec![0; n];
@@ -380,7 +380,7 @@ pub fn read(mut stream: &TcpStream, n: usize) -> Vec<u8> {
     bytes
 }
 
-/// Reads until the peer closes, which must not be by a reset.
+/// Reads until the peer closes. A reset is a failure.
 #[track_caller]
 pub fn read_to_end(mut stream: &TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
@@ -390,7 +390,7 @@ pub fn read_to_end(mut stream: &TcpStream) -> Vec<u8> {
     }
 }
 
-/// Makes the receive buffer small, so that the peer's writes are partial ones.
+/// Makes the receive buffer small, so that the peer's writes are partial.
 pub fn narrow(stream: &TcpStream) {
     setsockopt(stream, RcvBuf, &32_768).unwrap();
 }
@@ -421,23 +421,23 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
     }
 }
 
-/// Waits until the peer on this machine has read all that was written to it.
+/// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
     wait_until("the peer has read everything", || peer_state(stream).1.ends_with(":00000000"));
 }
 
-/// Waits until the peer on this machine has closed its end, or has shut it down for writing.
+/// Waits until the peer, on this machine, has closed its end or shut it down for writing.
 #[track_caller]
 pub fn wait_until_closing(stream: &TcpStream) {
-    // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it is gone already.
+    // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it has closed.
     wait_until("the peer has closed", || ["04", "05", ""].contains(&&*peer_state(stream).0));
 }
 
-/// The state and the queues of the peer's socket as /proc/net/tcp has them, in hexadecimal.
+/// The state and the queues of the peer's socket from /proc/net/tcp, in hexadecimal.
 fn peer_state(stream: &TcpStream) -> (String, String) {
     let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
-    // A connection that has been reset has no peer any more.
+    // A connection that was reset no longer has a peer.
     let Ok(theirs) = stream.peer_addr().map(port) else { return Default::default() };
     let ours = port(stream.local_addr().unwrap());
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
@@ -447,7 +447,7 @@ fn peer_state(stream: &TcpStream) -> (String, String) {
         .map_or_else(Default::default, |fields| (fields[3].to_owned(), fields[4].to_owned()))
 }
 
-/// Looks for a while and finds that nothing comes, neither bytes nor the end.
+/// Checks that for a while nothing arrives, neither bytes nor the end of the stream.
 #[track_caller]
 pub fn assert_silent(mut stream: &TcpStream) {
     stream.set_read_timeout(Some(QUIET)).unwrap();
@@ -468,8 +468,8 @@ pub fn assert_echo(stream: &TcpStream, bytes: &[u8]) {
     assert_eq!(read(stream, bytes.len()), bytes);
 }
 
-/// Sends `bytes` from a second thread, and then the end of the stream, while everything that comes
-/// back is read. Neither side can wait for the other.
+/// Sends `bytes` and the end of the stream from a second thread, and reads everything that comes
+/// back meanwhile, so that the two sides cannot deadlock.
 #[track_caller]
 pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
     let mut writer = stream.try_clone().unwrap();
@@ -482,15 +482,15 @@ pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
     received
 }
 
-/// Sends `bytes` without reading until all buffers on the way there and back are full, and returns
-/// how many went.
+/// Sends `bytes` without reading, until all buffers in both directions are full. Returns how many
+/// bytes were sent.
 #[track_caller]
 pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
     stream.set_write_timeout(Some(QUIET)).unwrap();
     let mut sent = 0;
     loop {
         match stream.write(&bytes[sent..]) {
-            Ok(0) => panic!("all {sent} bytes have been taken, and none read"),
+            Ok(0) => panic!("the server took all {sent} bytes, with no reply read"),
             Ok(n) => sent += n,
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
             Err(err) => panic!("after {sent} bytes: {err}"),
@@ -500,19 +500,19 @@ pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
     sent
 }
 
-/// Closes with a reset instead of a FIN: what happens when there is unread input.
+/// Closes with a reset instead of a FIN, as the kernel does when there is unread input.
 #[track_caller]
 pub fn reset(stream: TcpStream) {
     let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     setsockopt(&stream, Linger, &at_once).unwrap();
 }
 
-/// Numbers that look random and are the same for the same seed: Marsaglia, "Xorshift RNGs" (2003),
-/// the 64-bit generator with the shifts 13, 7 and 17.
+/// Pseudo-random numbers, the same for the same seed: Marsaglia, "Xorshift RNGs" (2003), the 64-bit
+/// generator with the shifts 13, 7 and 17.
 pub struct Random(u64);
 
 impl Random {
-    /// The sequence that belongs to `seed`.
+    /// The sequence for `seed`.
     pub fn new(seed: u64) -> Self {
         // Neighbouring seeds must not give neighbouring sequences, and zero would stay zero.
         let mut random = Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
@@ -533,13 +533,13 @@ impl Random {
         (self.number() >> 32) as usize % end
     }
 
-    /// So many bytes.
+    /// The next `n` bytes.
     pub fn bytes(&mut self, n: usize) -> Vec<u8> {
         (0..n).map(|_| (self.number() >> 32) as u8).collect()
     }
 }
 
-/// `n` bytes in which every stretch differs from the others, so that a mix-up shows.
+/// `n` bytes without repetitions, so that a mix-up shows.
 pub fn pattern(n: usize, seed: u64) -> Vec<u8> {
     Random::new(seed).bytes(n)
 }
@@ -550,26 +550,26 @@ pub fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
     [&id.to_le_bytes(), &length.to_le_bytes(), payload].concat()
 }
 
-/// Lets this process open as many fds as it may, and returns how many that is.
+/// Raises this process's limit on fds as far as possible, and returns it.
 pub fn raise_fd_limit() -> usize {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
     hard.try_into().unwrap_or(usize::MAX)
 }
 
-/// Runs `exe` with `args` and nothing on standard input to its end.
+/// Runs `exe` with `args` and an empty standard input, and waits for it to end.
 #[track_caller]
 pub fn run(exe: &str, args: &[&str]) -> Output {
     run_command(Command::new(exe).args(args))
 }
 
-/// Runs `command` with nothing on standard input to its end.
+/// Runs `command` with an empty standard input, and waits for it to end.
 #[track_caller]
 pub fn run_command(command: &mut Command) -> Output {
     run_with_input(command, Stdio::null())
 }
 
-/// Runs `command` with `stdin` to its end.
+/// Runs `command` with `stdin` as its standard input, and waits for it to end.
 #[track_caller]
 pub fn run_with_input(command: &mut Command, stdin: impl Into<Stdio>) -> Output {
     let child = command

@@ -1,7 +1,7 @@
-//! Keeps servers under churn for a while and verifies every byte that comes back. Usually run by
+//! The soak test: keeps servers under churn and verifies every byte that comes back. Usually run by
 //! scripts/soak.sh.
 
-// Whatever goes wrong here is a finding, and a panic says where.
+// Any failure here is a finding, and a panic shows where.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{Read, Write};
@@ -18,37 +18,37 @@ use harness::{
 };
 use nix::sys::signal::Signal;
 
-/// Keeps servers under churn: clients that talk, half-close, stall, reset and send garbage. Then
-/// stops them again and again.
+/// Keeps servers under churn: clients talk, half-close, stall, reset and send garbage. Then stops
+/// the servers again and again.
 #[derive(Parser)]
 struct Args {
-    /// The binaries of the chapters, from chapter 3 on
+    /// The chapters' binaries, from chapter 3 on
     #[arg(required = true)]
     servers: Vec<String>,
-    /// For how long
+    /// How long to keep the churn up
     #[arg(long, default_value_t = 120)]
     seconds: u64,
-    /// How many clients at a time each of them has
+    /// How many clients each server has at a time
     #[arg(long, default_value_t = 150)]
     clients: u64,
-    /// How often each of them is then stopped, while its clients keep sending
+    /// How many times to stop each server then, while its clients keep sending
     #[arg(long, default_value_t = 500)]
     stops: usize,
-    /// Makes the clients do the same again [default: the time]
+    /// Repeats a run: the clients do the same for the same seed [default: the time]
     #[arg(long)]
     seed: Option<u64>,
 }
 
-/// What the server understands, and how it answers.
+/// What the server reads, and how it answers.
 #[derive(Clone, Copy)]
 enum Protocol {
-    /// Chapter 3: everything comes back.
+    /// Chapter 3: all bytes come back.
     Bytes,
-    /// Chapter 4: whole messages come back, a bad one ends the connection.
+    /// Chapter 4: complete messages come back, and a bad one ends the connection.
     Messages,
 }
 
-/// What all clients have done together.
+/// The totals of all clients.
 #[derive(Default)]
 struct Totals {
     connections: AtomicU64,
@@ -70,7 +70,7 @@ impl Protocol {
     }
 }
 
-/// A server, looked at from outside.
+/// A server, observed from outside.
 struct Target {
     name: String,
     server: Server,
@@ -89,7 +89,7 @@ impl Target {
         Self { name, server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
     }
 
-    /// Whether it is still there.
+    /// Records fds and memory. Returns whether it is still running.
     fn sample(&mut self) -> bool {
         let running = self.server.is_running();
         if running {
@@ -99,10 +99,10 @@ impl Target {
         running
     }
 
-    /// Nothing may have stayed behind, and memory must not rise for ever.
+    /// Checks that nothing is left behind and that memory has not kept growing.
     fn finish(&mut self) -> String {
         let Self { name, server, idle_fds, most_fds, memory, .. } = self;
-        wait_until("no fd of a client is left", || server.fds() == *idle_fds);
+        wait_until("all clients' fds are closed", || server.fds() == *idle_fds);
         let (early, late) = memory.split_at(memory.len().div_ceil(2));
         let early = early.iter().max().copied().unwrap_or(0);
         let late = late.iter().max().copied().unwrap_or(early);
@@ -111,11 +111,11 @@ impl Target {
         assert_eq!(server.wait().code(), Some(0));
         server.wait_for_log("stopped; cut off: 0; still registered: 0; buffers: 0 B in use");
         let most = early.max(late);
-        format!("{name}: at most {most_fds} fds and {most} KiB, {idle_fds} fds at the end")
+        format!("{name}: peak {most_fds} fds and {most} KiB, {idle_fds} fds at the end")
     }
 }
 
-/// What is needed to find out more, whatever has gone wrong.
+/// Prints the log if a check has failed.
 impl Drop for Target {
     fn drop(&mut self) {
         if thread::panicking() {
@@ -153,7 +153,7 @@ fn main() -> ExitCode {
     if all_lost == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Stops a server as often as that, some at a time, and returns how many clients lost replies.
+/// Stops a server `stops` times, several at a time. Returns how many clients lost replies.
 fn stop_often(exe: &str, stops: usize) -> usize {
     const AT_A_TIME: usize = 8;
     let (next, lost) = (AtomicUsize::new(0), AtomicUsize::new(0));
@@ -169,8 +169,8 @@ fn stop_often(exe: &str, stops: usize) -> usize {
     lost.into_inner()
 }
 
-/// Stops a server while four clients send, whether replies come or not. What they get has to be the
-/// start of what they have sent, up to the end of the stream; to be reset is to lose replies.
+/// Stops a server while four clients send without waiting for replies. They must receive a prefix of
+/// what they have sent, and then the end of the stream. A reset counts as lost replies.
 fn stop_once(exe: &str) -> usize {
     let mut server = Server::start(exe);
     let message = match Protocol::of(exe) {
@@ -196,7 +196,7 @@ fn stop_once(exe: &str) -> usize {
                 result.is_err() || !received.chunks(message.len()).all(|it| message.starts_with(it))
             })
         });
-        wait_until("all are served", || begun.load(Ordering::Relaxed) == 4);
+        wait_until("all clients are served", || begun.load(Ordering::Relaxed) == 4);
         server.signal(Signal::SIGTERM);
         clients.map(|client| usize::from(client.join().unwrap())).iter().sum()
     });
@@ -204,7 +204,7 @@ fn stop_once(exe: &str) -> usize {
     lost
 }
 
-/// Whether all clients got what they should, and the servers are still there.
+/// Returns whether all clients got what they should and all servers are still running.
 fn churn(args: &Args, seed: u64, targets: &mut [Target], totals: &Totals) -> bool {
     let start = Instant::now();
     let end = Duration::from_secs(args.seconds);
@@ -220,7 +220,7 @@ fn churn(args: &Args, seed: u64, targets: &mut [Target], totals: &Totals) -> boo
             }
         }
         let mut running = true;
-        // A client ends early only by a panic, which has said what it found.
+        // A client ends early only by a panic, which has reported why.
         while start.elapsed() < end && running && clients.iter().all(|client| !client.is_finished())
         {
             thread::sleep(Duration::from_secs(1).min(end.saturating_sub(start.elapsed())));
@@ -237,7 +237,7 @@ fn churn(args: &Args, seed: u64, targets: &mut [Target], totals: &Totals) -> boo
     })
 }
 
-/// One of many that come and go.
+/// One of many clients that connect and leave.
 #[derive(Clone, Copy)]
 struct Client<'a> {
     addr: SocketAddr,
@@ -323,14 +323,14 @@ impl Client<'_> {
         reset(stream);
     }
 
-    /// More than the server takes in before its replies are read, as far as it goes.
+    /// Sends more than the server reads before its replies are read, as much as the socket takes.
     fn go_without_reading(self, mut stream: TcpStream, random: &mut Random) {
         let messages = self.messages(random).repeat(20);
         stream.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
         let _ = stream.write_all(&messages);
     }
 
-    /// Sends everything and its end before it reads the first byte, and reads slowly.
+    /// Sends everything and the end of the stream before it reads a byte, and then reads slowly.
     fn read_late(self, stream: &TcpStream, random: &mut Random) {
         let mut messages = self.messages(random);
         while messages.len() < 300_000 {
