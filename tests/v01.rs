@@ -1,4 +1,4 @@
-//! Chapter 1 from outside: it says hello, to one client after the other, whatever they do.
+//! Chapter 1 from outside: it says hello to one client at a time, whatever the client does.
 
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
@@ -29,18 +29,18 @@ fn greets_and_closes() {
 
 /// The C++ v0.1 never closes its clients' sockets.
 #[test]
-fn keeps_no_fd_of_a_client() {
+fn leaks_no_fds() {
     let server = Server::start(EXE);
     let before = server.fds();
     for _ in 0..100 {
         assert_greeted(&server.connect());
     }
-    harness::wait_until("all are closed", || server.fds() == before);
+    harness::wait_until("all connections are closed", || server.fds() == before);
 }
 
-/// Closing with unread input sends a reset, and that takes the greeting away again.
+/// Closing with unread input would send a reset, which destroys the greeting.
 #[test]
-fn what_the_client_writes_does_not_cost_it_the_greeting() {
+fn unread_input_does_not_cost_the_greeting() {
     let server = Server::start(EXE);
     for n in [1, 5000, 1_000_000] {
         let client = server.connect();
@@ -58,7 +58,7 @@ fn the_greeting_does_not_wait_for_the_client_to_close() {
 }
 
 #[test]
-fn a_client_that_does_not_close_holds_up_the_next_one_for_a_while_only() {
+fn a_client_that_does_not_close_delays_the_next_one_only_briefly() {
     let server = Server::start(EXE);
     let silent = server.connect();
     assert_greeted(&silent);
@@ -68,7 +68,7 @@ fn a_client_that_does_not_close_holds_up_the_next_one_for_a_while_only() {
 }
 
 #[test]
-fn a_client_that_keeps_sending_holds_up_the_next_one_for_a_while_only() {
+fn a_client_that_keeps_sending_delays_the_next_one_only_briefly() {
     let server = Server::start(EXE);
     let mut flood = server.connect();
     let sender = thread::spawn(move || while flood.write_all(&[b'x'; 4096]).is_ok() {});
@@ -77,10 +77,10 @@ fn a_client_that_keeps_sending_holds_up_the_next_one_for_a_while_only() {
     sender.join().unwrap();
 }
 
-/// One fd too few, and a client that waits: logged once, no spinning, and served when there is one.
-/// (The C++ v0.1 spins.)
+/// With one fd too few, the server logs it once and does not spin. The client is served as soon as
+/// there is an fd. (The C++ v0.1 spins.)
 #[test]
-fn waits_when_it_is_out_of_fds() {
+fn waits_when_out_of_fds() {
     harness::chapter_only!("it counts the chapter's fds");
     let server = Server::start_under(EXE, "-Sn 5");
     let client = server.connect();

@@ -1,4 +1,4 @@
-//! Chapter 2 from outside: it echoes, to one client after the other.
+//! Chapter 2 from outside: it echoes, to one client at a time.
 
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
@@ -14,12 +14,12 @@ const CHAPTER: Chapter =
     Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64, midway_kib: 64 };
 
 harness::every_server!(EXE, assert_serves);
-// Of what the event loop's chapters promise, what has nothing to do with many clients.
+// The promises of the event loop's chapters that do not concern many clients.
 harness::every_reactor!(
     CHAPTER,
     [
-        what_came_before_the_fin_goes_back_after_it,
-        what_is_stuck_goes_back_after_the_fin,
+        echoes_what_came_before_the_fin,
+        echoes_stuck_bytes_after_the_fin,
         a_slow_reader_gets_everything,
         urgent_data_does_no_harm,
     ]
@@ -41,7 +41,7 @@ fn echoes_as_it_goes() {
     }
 }
 
-/// The sizes around every class of blocks.
+/// The sizes around those of the blocks.
 #[test]
 fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);
@@ -61,7 +61,7 @@ fn memory_does_not_grow_with_the_bytes() {
     assert!(after < before + 1024, "{before} kB before, {after} kB after");
 }
 
-/// That is the lesson of this chapter, and the reason for the next one.
+/// This is the weakness of a blocking server, and the reason for the next chapter.
 #[test]
 fn the_second_client_waits_for_the_first_to_close() {
     let server = Server::start(EXE);
@@ -70,13 +70,13 @@ fn the_second_client_waits_for_the_first_to_close() {
     let second = server.connect();
     write(&second, b"second");
     assert_silent(&second);
-    assert_echo(&first, b"still first");
+    assert_echo(&first, b"first again");
     assert_silent(&second);
     drop(first);
     assert_eq!(harness::read(&second, 6), b"second");
 }
 
-/// It is blocked in a write at that time, and must not stay there.
+/// The server is blocked in a write at that time, and must not stay there.
 #[test]
 fn a_reset_while_it_cannot_write_ends_that_connection_only() {
     let server = Server::start(EXE);
@@ -85,10 +85,10 @@ fn a_reset_while_it_cannot_write_ends_that_connection_only() {
     harness::send_until_stuck(&client, &pattern(64 << 20, 1));
     harness::reset(client);
     assert_serves(&server.connect());
-    harness::wait_until("both are closed", || server.fds() == fds);
+    harness::wait_until("both connections are closed", || server.fds() == fds);
 }
 
-/// The C++ v0.2 exits if it is a write that meets the reset.
+/// The C++ v0.2 exits if a write runs into the reset.
 #[test]
 fn a_reset_ends_one_connection_and_is_logged() {
     let server = Server::start(EXE);
@@ -101,7 +101,7 @@ fn a_reset_ends_one_connection_and_is_logged() {
 }
 
 #[test]
-fn waits_when_it_is_out_of_fds() {
+fn waits_when_out_of_fds() {
     harness::chapter_only!("it counts the chapter's fds");
     let server = Server::start_under(EXE, "-Sn 5");
     let client = server.connect();

@@ -10,7 +10,7 @@ use harness::{Server, assert_echo, exchange, pattern, read_to_end};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v03");
 
-/// One block of up to 64 KiB; the smaller ones that came before it are kept for others.
+/// One block of up to 64 KiB; the smaller ones before it stay in the pool.
 const CHAPTER: Chapter =
     Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64 + 16 + 4, midway_kib: 64 + 16 + 4 };
 
@@ -24,7 +24,7 @@ fn assert_serves(client: &TcpStream) {
     assert_eq!(read_to_end(client), b"");
 }
 
-/// The sizes around every class of blocks. (The C++ v0.3 crashes on 128 to 255 bytes.)
+/// The sizes around those of the blocks. (The C++ v0.3 crashes on 128 to 255 bytes.)
 #[test]
 fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);

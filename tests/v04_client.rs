@@ -1,4 +1,4 @@
-//! The client of chapter 4 from outside, against servers that behave in every way there is.
+//! The client of chapter 4 from outside, against servers that behave in all kinds of ways.
 
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
@@ -16,21 +16,21 @@ use nix::sys::socket::{setsockopt, sockopt::RcvBuf, sockopt::TcpMaxSeg};
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
 const MAX_PAYLOAD: usize = 65_527;
 
-/// A server for as many clients, one after the other, as there are turns.
-fn serve<F: FnOnce(TcpStream) + Send + 'static>(turns: Vec<F>) -> (SocketAddr, JoinHandle<()>) {
+/// Starts a server that handles one client after another, one with each of the handlers.
+fn serve<F: FnOnce(TcpStream) + Send + 'static>(handlers: Vec<F>) -> (SocketAddr, JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let server = thread::spawn(move || {
-        for turn in turns {
+        for handler in handlers {
             let (stream, _) = listener.accept().unwrap();
             stream.set_read_timeout(Some(harness::LIMIT)).unwrap();
-            turn(stream);
+            handler(stream);
         }
     });
     (addr, server)
 }
 
-/// How many bytes of lines the client takes from its standard input until it takes no more.
+/// Returns how many bytes the client reads from its standard input before it stops reading.
 #[track_caller]
 fn lines_taken(client: &mut Command) -> usize {
     let mut child = client.stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -52,7 +52,7 @@ fn lines_taken(client: &mut Command) -> usize {
     taken
 }
 
-/// Whether it has not used the processor for a while.
+/// Whether it has used no CPU time for a while.
 fn is_asleep(process: &Process) -> bool {
     let before = process.cpu();
     thread::sleep(harness::QUIET);
@@ -90,12 +90,12 @@ fn assert_fails(output: &Output, stdout: &str, reason: &str) {
 
 /// The two ends of a pipe.
 fn pipe() -> (File, File) {
-    // Were the other end to live on in a child, the pipe would never end.
+    // If a child kept a copy of the other end, the pipe would never end.
     let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).unwrap();
     (reader.into(), writer.into())
 }
 
-/// A pipe that gives `bytes`, from a thread of its own.
+/// A pipe with `bytes`, written by a thread of its own.
 fn pipe_with(bytes: Vec<u8>) -> Stdio {
     let (reader, mut writer) = pipe();
     thread::spawn(move || writer.write_all(&bytes));
@@ -131,7 +131,7 @@ fn the_id_may_be_any_32_bits() {
 }
 
 #[test]
-fn what_is_not_printable_is_escaped() {
+fn unprintable_bytes_are_escaped() {
     let (addr, _server) = serve(vec![|stream: TcpStream| {
         read(&stream, 9);
         write(&stream, &frame(5, b"it's \"\xc3\xa9\" \\ \n\t\x1b\xff\xfe\x00"));
@@ -152,7 +152,7 @@ fn lines_come_from_a_pipe_or_a_file() {
 }
 
 #[test]
-fn nothing_to_send_is_no_error() {
+fn nothing_to_send_is_not_an_error() {
     let (addr, _server) = serve(vec![echo, echo]);
     assert_prints(&run_command(&mut client(addr, &[])), "");
     let mut closed = Command::new("sh");
@@ -160,7 +160,7 @@ fn nothing_to_send_is_no_error() {
     assert_prints(&run_command(&mut closed), "");
 }
 
-/// Far more than all buffers hold, from a file and from a pipe, in messages of all sizes.
+/// Far more than all buffers hold, from a file and a pipe, in messages of all sizes.
 #[test]
 fn pipelines_any_number_of_messages_in_bounded_memory() {
     let mut input = Vec::new();
@@ -183,10 +183,10 @@ fn pipelines_any_number_of_messages_in_bounded_memory() {
     }
 }
 
-/// A server that answers a thousand messages and then no more: what has no reply stays below 1 MiB
-/// and one message, or the client's memory would have no bound.
+/// The server answers a thousand messages and then no more. The unanswered ones must stay below
+/// 1 MiB and one message, or the client's memory would not be bounded.
 #[test]
-fn only_so_much_is_sent_without_a_reply() {
+fn no_more_than_the_window_is_sent_without_a_reply() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     let line = [b'x'; 1000];
@@ -209,31 +209,31 @@ fn only_so_much_is_sent_without_a_reply() {
     assert!((window..window + message.len()).contains(&unanswered), "{unanswered} bytes");
 }
 
-/// A server that replies to what it has not read: what is sent ahead stays bounded, and that it is
-/// silent in the end is noticed.
+/// The server replies to messages that it has not read. What is sent ahead must stay bounded, and
+/// the client must detect the silence in the end.
 #[test]
-fn replies_to_nothing_do_not_open_the_window() {
+fn unsolicited_replies_do_not_open_the_window() {
     let (addr, server) = serve(vec![|stream: TcpStream| {
-        // A few at a time, so that they meet messages on their way.
+        // A few at a time, so that some messages are in flight.
         for _ in 0..200 {
             write(&stream, &frame(1, b"").repeat(100));
             harness::wait_until_taken(&stream);
         }
-        // It does not close either.
+        // Never closes the connection.
         std::mem::forget(stream);
     }]);
     let line = [&[b'x'; 999][..], b"\n"].concat();
     let stdin = pipe_with(line.repeat(64_000));
     let mut process =
         Process::start(client(addr, &["--timeout", "5"]).stdin(stdin).stdout(Stdio::null()));
-    // Only then is it silent.
+    // From here on the server is silent.
     server.join().unwrap();
     assert_eq!(process.wait().code(), Some(1));
     process.wait_for_log("silent for 5s");
 }
 
-/// A pipe full, what is sent ahead and what one read brings: what cannot be sent yet stays where it
-/// is, also while there is no connection.
+/// The client takes a pipe's worth, what it may send ahead and one read. Everything else stays in
+/// the pipe until it can be sent, also while there is no connection.
 #[test]
 fn reads_no_more_lines_than_it_may_send() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -246,13 +246,13 @@ fn reads_no_more_lines_than_it_may_send() {
     assert!(taken <= 64 << 10, "{taken} bytes");
 }
 
-/// A server that reads nothing and sends empty frames all the while: they are replies to everything
-/// that the client has sent, and yet nothing of it has gone out.
+/// The server reads nothing and keeps sending empty frames. They count as replies to everything
+/// that the client has queued, although none of it has left the client.
 #[test]
 fn reads_no_more_lines_than_it_can_send_whatever_the_server_replies() {
     let (addr, _server) = serve(vec![|mut stream: TcpStream| {
         while stream.write_all(&frame(1, b"").repeat(100)).is_ok() {
-            // Not so many that the client does nothing but print them.
+            // Few enough that the client does not only print them.
             thread::sleep(Duration::from_millis(1));
         }
     }]);
@@ -263,7 +263,7 @@ fn reads_no_more_lines_than_it_can_send_whatever_the_server_replies() {
 /// Small segments make the client's socket take little at a time, and no reply comes before
 /// everything has been sent.
 #[test]
-fn what_the_socket_does_not_take_is_sent_when_it_does() {
+fn what_the_socket_does_not_take_is_sent_later() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     setsockopt(&listener, TcpMaxSeg, &536).unwrap();
     setsockopt(&listener, RcvBuf, &8192).unwrap();
@@ -273,7 +273,7 @@ fn what_the_socket_does_not_take_is_sent_when_it_does() {
     let server = thread::spawn(move || {
         let (stream, _) = listener.accept().unwrap();
         stream.set_read_timeout(Some(harness::LIMIT)).unwrap();
-        // A slow server: nothing is read until nothing more fits.
+        // A slow server: it reads nothing until nothing more fits.
         thread::sleep(harness::QUIET);
         let messages = read(&stream, 16 * frame(1, &line).len());
         write(&stream, &messages);
@@ -285,7 +285,7 @@ fn what_the_socket_does_not_take_is_sent_when_it_does() {
 }
 
 #[test]
-fn replies_may_come_in_pieces_and_stuck_together() {
+fn replies_may_arrive_joined_and_split() {
     let (addr, _server) = serve(vec![|stream: TcpStream| {
         let request = frame(1, &[b'x'; 100]);
         read(&stream, 3 * request.len());
@@ -301,7 +301,7 @@ fn replies_may_come_in_pieces_and_stuck_together() {
 }
 
 #[test]
-fn a_message_of_the_greatest_length_goes_and_a_longer_one_does_not() {
+fn the_longest_message_is_sent_and_a_longer_one_is_refused() {
     let (addr, _server) = serve(vec![echo]);
     let longest = "x".repeat(MAX_PAYLOAD);
     let output = run_command(&mut client(addr, &[&longest]));
@@ -320,9 +320,9 @@ fn the_lines_before_one_that_is_too_long_are_answered() {
     assert_fails(&output, "id=1 len=3 one\n", reason);
 }
 
-/// The line feed after the longest line comes by itself.
+/// The line feed after the longest line arrives by itself.
 #[test]
-fn a_line_of_the_greatest_length_may_come_in_pieces() {
+fn the_longest_line_may_arrive_in_pieces() {
     let (addr, _server) = serve(vec![echo]);
     let (stdin, mut keyboard) = pipe();
     let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::piped()));
@@ -337,18 +337,18 @@ fn a_line_of_the_greatest_length_may_come_in_pieces() {
 }
 
 #[test]
-fn a_line_without_end_is_refused_before_it_fills_the_memory() {
+fn an_endless_line_is_refused_before_it_fills_the_memory() {
     let (addr, _server) = serve(vec![echo]);
     let (stdin, mut keyboard) = pipe();
     let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(Stdio::null()));
-    // Ended by the client, which closes the pipe, and not by its end.
+    // Until the client closes the pipe, because the input itself never ends.
     while keyboard.write_all(&[b'x'; 4096]).is_ok() {}
     process.wait_for_log("error: line 1 of standard input is over the limit of 65527 bytes");
     assert_eq!(process.wait().code(), Some(1));
 }
 
 #[test]
-fn an_absent_server_is_one_clear_line() {
+fn a_missing_server_is_one_clear_line() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap();
     drop(listener);
@@ -370,7 +370,7 @@ fn every_address_of_a_name_is_tried() {
 }
 
 #[test]
-fn a_server_that_goes_is_one_clear_line() {
+fn a_lost_server_is_one_clear_line() {
     let (addr, _server) = serve::<fn(TcpStream)>(vec![
         |stream| {
             read(&stream, 18);
@@ -383,7 +383,7 @@ fn a_server_that_goes_is_one_clear_line() {
         |stream| {
             read(&stream, 18);
             write(&stream, &frame(1, b"a"));
-            // What has been sent is there before the reset, and is not lost by it.
+            // The reply has arrived before the reset, so the reset does not destroy it.
             let mut rest = [0; 1];
             stream.set_nonblocking(true).unwrap();
             let _ = (&stream).read(&mut rest);
@@ -403,7 +403,7 @@ fn a_server_that_goes_is_one_clear_line() {
 }
 
 #[test]
-fn a_silent_server_is_given_up() {
+fn gives_up_on_a_silent_server() {
     let (addr, _server) = serve(vec![|mut stream: TcpStream| {
         write(&stream, &frame(9, b"then nothing"));
         let _ = stream.read_to_end(&mut Vec::new());
@@ -412,9 +412,9 @@ fn a_silent_server_is_given_up() {
     assert_fails(&output, "id=9 len=12 then nothing\n", "silent for 300ms; messages unanswered: 1");
 }
 
-/// The time-out counts from the last reply, and does count from there.
+/// The timeout starts again with the last reply.
 #[test]
-fn a_server_that_falls_silent_after_a_late_reply_is_given_up() {
+fn gives_up_on_a_server_that_falls_silent_after_a_late_reply() {
     let (addr, _server) = serve(vec![|mut stream: TcpStream| {
         thread::sleep(harness::QUIET);
         write(&stream, &frame(9, b"late"));
@@ -425,8 +425,8 @@ fn a_server_that_falls_silent_after_a_late_reply_is_given_up() {
 }
 
 #[test]
-fn a_server_that_does_not_accept_is_given_up() {
-    // A backlog of one, which is taken: the kernel ignores the next client.
+fn gives_up_on_a_server_that_does_not_accept() {
+    // The backlog of one is full, so the kernel ignores the next client.
     let listener = nix_listener();
     let addr = listener.local_addr().unwrap();
     let _queue: Vec<_> = (0..2).map(|_| TcpStream::connect(addr).unwrap()).collect();
@@ -441,7 +441,7 @@ fn nix_listener() -> TcpListener {
 }
 
 #[test]
-fn a_bad_frame_is_one_clear_line_after_the_replies_before_it() {
+fn a_bad_frame_is_one_clear_line_after_earlier_replies() {
     for length in [-1, i32::MIN, MAX_PAYLOAD as i32 + 1, i32::MAX] {
         let (addr, _server) = serve(vec![move |stream: TcpStream| {
             read(&stream, 18);
@@ -456,7 +456,7 @@ fn a_bad_frame_is_one_clear_line_after_the_replies_before_it() {
     }
 }
 
-/// A reply is outstanding, and the server does not read.
+/// A reply is outstanding, and the server does not read any more.
 #[test]
 fn it_sleeps_while_it_waits() {
     let (addr, _server) = serve(vec![|mut stream: TcpStream| {
@@ -470,7 +470,7 @@ fn it_sleeps_while_it_waits() {
 }
 
 #[test]
-fn a_standard_output_that_takes_nothing_is_one_clear_line() {
+fn a_failing_standard_output_is_one_clear_line() {
     let (addr, _server) = serve(vec![echo, echo]);
     let full = File::options().write(true).open("/dev/full").unwrap();
     let mut process = Process::start(client(addr, &["x"]).stdin(Stdio::null()).stdout(full));
@@ -486,7 +486,7 @@ fn a_standard_output_that_takes_nothing_is_one_clear_line() {
 
 /// Another process has made the pipe non-blocking, and reads late.
 #[test]
-fn a_full_standard_output_is_waited_for_in_non_blocking_mode_too() {
+fn waits_for_a_full_standard_output_even_in_non_blocking_mode() {
     let (addr, _server) = serve(vec![echo]);
     let (mut reader, writer) = pipe();
     nix::fcntl::fcntl(&writer, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
@@ -500,7 +500,7 @@ fn a_full_standard_output_is_waited_for_in_non_blocking_mode_too() {
 }
 
 #[test]
-fn reconnects_and_sends_again_what_has_no_reply() {
+fn reconnects_and_resends_unanswered_messages() {
     let (addr, _server) = serve::<fn(TcpStream)>(vec![
         |stream| {
             read(&stream, 27);
@@ -521,12 +521,12 @@ fn reconnects_and_sends_again_what_has_no_reply() {
 }
 
 #[test]
-fn gives_up_after_so_many_retries() {
+fn gives_up_after_the_given_retries() {
     let (addr, _server) = serve::<fn(TcpStream)>(vec![drop, drop, drop]);
     let start = Instant::now();
     let output = run_command(&mut client(addr, &["--retry", "2", "x"]));
     assert_eq!(output.status.code(), Some(1));
-    // Not earlier, or it would give a server in trouble more of it.
+    // The pauses matter: without them, retries would make a server's trouble worse.
     assert!(start.elapsed() >= Duration::from_millis(100 + 200));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(stderr.matches("connecting again").count(), 2, "{stderr}");
@@ -534,7 +534,7 @@ fn gives_up_after_so_many_retries() {
 }
 
 #[test]
-fn a_terminal_is_greeted_and_then_asked_for_lines() {
+fn on_a_terminal_it_sends_a_greeting_and_then_lines() {
     let (addr, server) = serve(vec![echo]);
     let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(None, None).unwrap();
     let mut process = Process::start(client(addr, &[]).stdin(slave).stdout(Stdio::piped()));
@@ -553,9 +553,9 @@ fn a_terminal_is_greeted_and_then_asked_for_lines() {
     server.join().unwrap();
 }
 
-/// While the client waits for its user to type, the server has nothing to say.
+/// While the client waits for its user to type, the server owes no reply.
 #[test]
-fn the_time_out_counts_only_while_a_reply_is_outstanding() {
+fn the_timeout_counts_only_while_a_reply_is_outstanding() {
     let (addr, _server) = serve(vec![echo]);
     let (stdin, mut keyboard) = pipe();
     let mut command = client(addr, &["--timeout", "0.1"]);
@@ -571,9 +571,9 @@ fn the_time_out_counts_only_while_a_reply_is_outstanding() {
     assert_eq!(process.wait().code(), Some(0));
 }
 
-/// The server's replies stay in the socket while standard output is not read: it has sent them.
+/// While standard output is not read, the server's replies stay in the socket: it has sent them.
 #[test]
-fn the_time_out_does_not_count_while_standard_output_is_stuck() {
+fn the_timeout_does_not_count_while_standard_output_is_stuck() {
     let (addr, _server) = serve(vec![echo]);
     let input = pattern(4 << 20, 1).iter().map(|byte| b'a' + byte % 26).collect::<Vec<_>>();
     let input: Vec<u8> = input.chunks(1000).collect::<Vec<_>>().join(&b'\n');
@@ -587,10 +587,10 @@ fn the_time_out_does_not_count_while_standard_output_is_stuck() {
 }
 
 #[test]
-fn says_what_it_is_and_what_it_does_not_understand() {
+fn prints_help_and_refuses_invalid_arguments() {
     let help = run_command(Command::new(EXE).arg("--help"));
     let help = String::from_utf8(help.stdout).unwrap();
-    assert!(help.starts_with("Chapter 4, the other end") && help.contains("\nTry it: "), "{help}");
+    assert!(help.starts_with("Chapter 4, the client") && help.contains("\nTry it: "), "{help}");
     let (addr, _server) = serve(vec![echo]);
     let day = run_command(&mut client(addr, &["--timeout", "86400", "x"]));
     assert_prints(&day, "id=1 len=1 x\n");

@@ -19,12 +19,15 @@ use harness::{frame, read, read_to_end};
 use crate::tcp_conn::TcpConn;
 use crate::tcp_server::TcpServer;
 
-/// As many requests as one read brings at most: 64 KiB of them.
+/// As many requests as fit one read: 64 KiB of them.
 const REQUESTS: usize = 8192;
 
 const REQUEST_LEN: usize = 8;
 
 const REPLY_LEN: usize = 200 * REQUEST_LEN;
+
+/// The id of the first request; the exercises give smaller ones a meaning.
+const FIRST_ID: i32 = 10;
 
 fn reply(id: i32) -> Vec<u8> {
     vec![id as u8; REPLY_LEN - REQUEST_LEN]
@@ -34,9 +37,9 @@ fn callback_busi(conn: &mut TcpConn, _: &[u8], id: i32) -> anyhow::Result<()> {
     conn.send_message(&reply(id), id)
 }
 
-/// A server on a thread of this process, which ends with it.
+/// Starts a server on a thread, which ends with this process.
 fn start() -> SocketAddr {
-    // A free port, which is given back and taken again.
+    // Finds a free port by taking it and giving it back.
     let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     thread::spawn(move || {
         let mut event_loop = EventLoop::new().unwrap();
@@ -51,17 +54,17 @@ fn start() -> SocketAddr {
 
 #[track_caller]
 fn assert_answered(client: &TcpStream, requests: usize) {
-    for id in 0..requests as i32 {
+    for id in FIRST_ID..FIRST_ID + requests as i32 {
         let expected = frame(id, &reply(id));
         assert!(read(client, expected.len()) == expected, "request {id} of {requests}");
     }
 }
 
 fn requests(n: usize) -> Vec<u8> {
-    (0..n as i32).flat_map(|id| frame(id, b"")).collect()
+    (FIRST_ID..FIRST_ID + n as i32).flat_map(|id| frame(id, b"")).collect()
 }
 
-/// A client whose next requests are read all at once, as the reads before have brought much.
+/// Connects a client whose next requests are read all at once, because earlier reads were large.
 #[track_caller]
 fn connect(addr: SocketAddr) -> TcpStream {
     let client = harness::connect(addr);
@@ -72,14 +75,14 @@ fn connect(addr: SocketAddr) -> TcpStream {
     client
 }
 
-/// The most memory that this process has ever had, in KiB.
+/// The peak memory of this process, in KiB.
 fn peak_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
     line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
-/// All 13 MB of replies at once would fit no block, and their client would lose them all.
+/// All 13 MB of replies together fit no block: the client would lose all of them.
 #[test]
 fn decoding_stops_at_the_high_water_mark_and_goes_on_below_it() {
     let client = connect(start());
@@ -92,7 +95,7 @@ fn decoding_stops_at_the_high_water_mark_and_goes_on_below_it() {
     assert_eq!(read_to_end(&client), b"");
 }
 
-/// The end of the stream must not overtake the messages that wait at the mark.
+/// The end of the stream must not overtake the messages that are held back.
 #[test]
 fn messages_held_back_at_the_high_water_mark_are_answered_after_the_fin() {
     let client = connect(start());

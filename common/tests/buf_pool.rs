@@ -1,4 +1,4 @@
-//! What `BufPool` promises.
+//! The promises of `BufPool`.
 
 use std::io;
 
@@ -7,9 +7,9 @@ use common::buf_pool::{BufPool, MAX_BLOCK, PoolError, PoolStats, SIZE_CLASSES};
 const KIB: usize = 1024;
 
 #[track_caller]
-fn assert_bytes(pool: &BufPool, in_use: usize, free: usize, high_water: usize) {
+fn assert_bytes(pool: &BufPool, in_use: usize, free: usize, peak: usize) {
     let stats = pool.stats();
-    assert_eq!((stats.in_use, stats.free, stats.high_water), (in_use, free, high_water));
+    assert_eq!((stats.in_use, stats.free, stats.peak), (in_use, free, peak));
 }
 
 #[test]
@@ -39,22 +39,22 @@ fn alloc_gives_the_smallest_class_that_fits() {
 #[test]
 fn the_figures_are_exact() {
     let pool = BufPool::new(100 * KIB);
-    let mut expected = PoolStats { cap: 100 * KIB, in_use: 0, free: 0, high_water: 0 };
+    let mut expected = PoolStats { cap: 100 * KIB, in_use: 0, free: 0, peak: 0 };
     assert_eq!(pool.stats(), expected, "nothing is allocated in advance");
 
     let bufs = [1, 2, 3, 64 * KIB].map(|n| pool.alloc(n).unwrap());
-    (expected.in_use, expected.high_water) = (76 * KIB, 76 * KIB);
+    (expected.in_use, expected.peak) = (76 * KIB, 76 * KIB);
     assert_eq!(pool.stats(), expected);
 
     let [first, second, _third, large] = bufs;
     drop((first, second, large));
     (expected.in_use, expected.free) = (4 * KIB, 72 * KIB);
     assert_eq!(pool.stats(), expected);
-    assert_eq!(pool.stats().to_string(), "4096 B in use, 73728 B free, 77824 B at most");
+    assert_eq!(pool.stats().to_string(), "4096 B in use, 73728 B free, 77824 B peak");
 }
 
 #[test]
-fn blocks_are_used_again_and_no_new_ones_allocated() {
+fn blocks_are_reused_instead_of_allocating_new_ones() {
     let pool = BufPool::new(100 * KIB);
     for _ in 0..100 {
         let held = (pool.alloc(1).unwrap(), pool.alloc(5 * KIB).unwrap());
@@ -65,7 +65,7 @@ fn blocks_are_used_again_and_no_new_ones_allocated() {
 }
 
 #[test]
-fn the_cap_can_be_reached_and_not_passed() {
+fn the_cap_can_be_reached_but_not_exceeded() {
     let pool = BufPool::new(20 * KIB);
     let large = pool.alloc(16 * KIB).unwrap();
     let small = pool.alloc(1).unwrap();
@@ -82,7 +82,7 @@ fn the_cap_can_be_reached_and_not_passed() {
 }
 
 #[test]
-fn idle_blocks_give_way_to_other_sizes_and_no_more_of_them_than_needed() {
+fn free_blocks_make_room_for_other_sizes_only_as_needed() {
     let pool = BufPool::new(64 * KIB);
     drop([(); 4].map(|()| pool.alloc(16 * KIB).unwrap()));
     assert_bytes(&pool, 0, 64 * KIB, 64 * KIB);
@@ -139,7 +139,7 @@ fn a_buffer_may_outlive_every_handle_to_its_pool() {
 }
 
 #[test]
-fn a_block_handed_out_again_never_shows_what_was_in_it() {
+fn a_reused_block_never_shows_old_bytes() {
     let pool = BufPool::new(4 * KIB);
     let mut buf = pool.alloc(1).unwrap();
     assert_eq!(buf.append(&[b'#'; 4 * KIB]), 4 * KIB);

@@ -1,4 +1,4 @@
-//! What `cli` promises.
+//! The promises of `cli`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -19,7 +19,7 @@ fn a_link_local_address_has_its_interface_by_name_or_number() {
 }
 
 #[test]
-fn an_interface_that_is_not_there_is_named() {
+fn an_unknown_interface_is_named() {
     let err = "[fe80::1%nope0]:7701".parse::<Addr>().unwrap_err();
     assert!(err.starts_with("no network interface \"nope0\""), "{err}");
 }

@@ -1,4 +1,4 @@
-//! What the orderly end of a connection promises, with limits short enough to be waited for.
+//! The promises of the lingering close, tested with short limits.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -14,15 +14,15 @@ use common::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
 use common::reactor_buf::OutputBuf;
 use nix::sys::socket::{setsockopt, sockopt::RcvBuf};
 
-/// When a test that waits in vain is given up.
+/// The time limit of every wait.
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// A limit that is not to be reached.
+/// A limit that no test reaches.
 const NEVER: Duration = Duration::from_secs(3600);
 
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Far more than a socket of the kernel takes from a peer with a small receive buffer.
+/// Far more than a socket takes for a peer with a small receive buffer.
 const MUCH: usize = 8 << 20;
 
 struct Setup {
@@ -31,7 +31,7 @@ struct Setup {
 }
 
 impl Setup {
-    /// With no limit but those that `change` sets.
+    /// Creates a loop without limits, except those that `change` sets.
     fn new(change: impl FnOnce(&mut CloseLimits)) -> Self {
         let mut event_loop = EventLoop::new().unwrap();
         event_loop.close_limits =
@@ -40,7 +40,7 @@ impl Setup {
         Self { event_loop, pool: BufPool::new(64 << 20) }
     }
 
-    /// A registered connection, with as many bytes of output, and its peer, which blocks.
+    /// Opens a registered connection with `unsent` bytes of output, and its blocking peer.
     #[track_caller]
     fn open(&mut self, unsent: usize) -> (TcpStream, Token, OutputBuf, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -58,7 +58,7 @@ impl Setup {
         (ours, token, output, peer)
     }
 
-    /// [`open`](Self::open), and the loop is told to close it.
+    /// Opens a connection like [`open`](Self::open), and has the loop close it.
     #[track_caller]
     fn close(&mut self, unsent: usize) -> TcpStream {
         let (ours, token, output, peer) = self.open(unsent);
@@ -71,7 +71,7 @@ impl Setup {
     fn run_until(&mut self, mut condition: impl FnMut(&EventLoop<()>) -> bool) {
         let start = Instant::now();
         while !condition(&self.event_loop) {
-            assert!(start.elapsed() < LIMIT, "waited in vain");
+            assert!(start.elapsed() < LIMIT, "timed out");
             self.event_loop.poll_once(&mut (), Some(Duration::from_millis(5))).unwrap();
         }
     }
@@ -95,9 +95,9 @@ fn read_to_end(mut peer: &TcpStream) -> Vec<u8> {
     received
 }
 
-/// The peer sends all the while, which must not make the kernel send a reset.
+/// The peer keeps sending, and that must not make the kernel send a reset.
 #[test]
-fn unsent_output_is_delivered_in_spite_of_unread_input() {
+fn unsent_output_is_delivered_despite_unread_input() {
     let mut setup = Setup::new(|_| {});
     let (ours, token, output, peer) = setup.open(MUCH);
     (&peer).write_all(&bytes(100_000)).unwrap();
@@ -120,7 +120,7 @@ fn unsent_output_is_delivered_in_spite_of_unread_input() {
 }
 
 #[test]
-fn it_is_over_at_once_when_the_peer_has_closed_and_nothing_is_left() {
+fn ends_at_once_if_the_peer_has_closed_and_nothing_is_unsent() {
     let mut setup = Setup::new(|_| {});
     let (ours, token, output, peer) = setup.open(0);
     peer.shutdown(Shutdown::Write).unwrap();
@@ -133,7 +133,7 @@ fn it_is_over_at_once_when_the_peer_has_closed_and_nothing_is_left() {
 }
 
 #[test]
-fn what_is_left_goes_to_a_peer_that_has_said_its_last_word() {
+fn a_peer_that_has_half_closed_gets_the_rest() {
     let mut setup = Setup::new(|_| {});
     let peer = setup.close(MUCH);
     peer.shutdown(Shutdown::Write).unwrap();
@@ -144,7 +144,7 @@ fn what_is_left_goes_to_a_peer_that_has_said_its_last_word() {
 
 /// What the kernel holds by then is still delivered.
 #[test]
-fn a_silent_peer_is_given_up_after_the_fin() {
+fn gives_up_on_a_silent_peer_after_the_fin() {
     let mut setup = Setup::new(|limits| limits.silent = SHORT);
     let peer = setup.close(5000);
     setup.run_until_closed();
@@ -165,7 +165,7 @@ fn a_peer_that_sends_is_not_silent() {
 }
 
 #[test]
-fn a_peer_that_never_stops_sending_is_cut_in_the_end() {
+fn gives_up_on_a_peer_that_never_stops_sending() {
     let mut setup = Setup::new(|limits| limits.linger = SHORT);
     let mut peer = setup.close(5000);
     let sender = thread::spawn(move || while peer.write_all(&bytes(4096)).is_ok() {});
@@ -173,14 +173,14 @@ fn a_peer_that_never_stops_sending_is_cut_in_the_end() {
     sender.join().unwrap();
 }
 
-/// What it sends meanwhile does not count: it is the output that is to be taken.
+/// What the peer sends meanwhile does not count: it has to take the output.
 #[test]
-fn a_peer_that_takes_no_output_is_given_up() {
+fn gives_up_on_a_peer_that_takes_no_output() {
     let mut setup = Setup::new(|limits| limits.stalled = SHORT);
     let peer = setup.close(MUCH);
     peer.set_nonblocking(true).unwrap();
     setup.run_until(|event_loop| {
-        let _ = (&peer).write(b"but I am here");
+        let _ = (&peer).write(b"I'm still here");
         event_loop.registered() == 0
     });
     assert_eq!(setup.pool.stats().in_use, 0);
@@ -201,7 +201,7 @@ fn a_peer_that_takes_its_output_slowly_gets_all_of_it() {
         received
     });
     setup.run_until_closed();
-    assert!(start.elapsed() > setup.event_loop.close_limits.stalled, "it was not slow");
+    assert!(start.elapsed() > setup.event_loop.close_limits.stalled, "the peer was not slow");
     assert!(reader.join().unwrap() == bytes(MUCH));
 }
 
@@ -229,7 +229,7 @@ fn beyond_the_limit_connections_are_dropped() {
     assert_eq!(setup.event_loop.registered(), 1, "there is room again");
 }
 
-/// No limit holds it up for longer than its grace, and only unsent output counts as cut off.
+/// No other limit applies, and only connections with unsent output count as cut off.
 #[test]
 fn a_stop_waits_for_closing_connections_until_its_end() {
     let mut setup = Setup::new(|limits| limits.at_once = 0);
@@ -254,7 +254,7 @@ fn a_stop_does_not_wait_when_nothing_is_closing() {
     assert_eq!(setup.event_loop.drain_output(&mut (), end).unwrap(), 0);
 }
 
-/// Neither an event nor a timer that cuts a turn short makes it stop serving too early.
+/// Neither an event nor a timer that cuts an iteration short makes it stop serving too early.
 #[test]
 fn a_stop_serves_until_it_is_quiet() {
     struct State {
@@ -286,7 +286,7 @@ fn a_stop_serves_until_it_is_quiet() {
     event_loop.drain_input(&mut state, Instant::now() + LIMIT).unwrap();
     assert_eq!(state.served, 5);
 
-    // And it comes to an end with a peer that never does.
+    // It also ends if the peer never stops sending.
     let again: IoCallback<State> = |state, _, _| {
         (&state.ours).read_exact(&mut [0])?;
         Ok(state.peer.write_all(b"x")?)

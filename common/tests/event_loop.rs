@@ -1,4 +1,4 @@
-//! What `EventLoop` promises, over real sockets and timers.
+//! The promises of `EventLoop`, over real sockets and timers.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use common::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
 
-/// When a test that waits for a callback in vain is given up.
+/// The time limit of every wait for a callback.
 const LIMIT: Duration = Duration::from_secs(20);
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -20,7 +20,7 @@ const BOTH: Interest = Interest { read: true, write: true };
 
 type Loop = EventLoop<World>;
 
-/// What the callbacks work on, and where they leave their marks.
+/// The state of the callbacks, with a record of their calls.
 #[derive(Default)]
 struct World {
     calls: Vec<(&'static str, Token)>,
@@ -79,7 +79,7 @@ fn read(world: &mut World, _: &mut Loop, token: Token) -> anyhow::Result<()> {
     Ok((&world.conns[&token].ours).read_exact(&mut [0])?)
 }
 
-/// Has had enough after one call.
+/// Loses interest after one call.
 fn write(world: &mut World, event_loop: &mut Loop, token: Token) -> anyhow::Result<()> {
     world.calls.push(("write", token));
     world.set_interest(event_loop, token, Interest::NONE);
@@ -97,8 +97,8 @@ fn callbacks(read: IoCallback<World>, write: IoCallback<World>) -> Callbacks<Wor
 
 /// Runs until a callback stops the loop or fails.
 fn try_run<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> anyhow::Result<()> {
-    let in_vain: IoCallback<S> = |_, _, _| Err(anyhow!("TimedOut"));
-    let limit = event_loop.run_after(LIMIT, Token::default(), in_vain)?;
+    let time_out: IoCallback<S> = |_, _, _| Err(anyhow!("timed out"));
+    let limit = event_loop.run_after(LIMIT, Token::default(), time_out)?;
     let result = event_loop.event_process(state);
     event_loop.cancel_timer(limit);
     result
@@ -109,9 +109,9 @@ fn run<S>(event_loop: &mut EventLoop<S>, state: &mut S) {
     try_run(event_loop, state).unwrap();
 }
 
-/// One turn: for everything that is ready, and the timers that are due.
+/// One iteration: everything that is ready, and the timers that are due.
 #[track_caller]
-fn run_a_turn<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> usize {
+fn run_once<S>(event_loop: &mut EventLoop<S>, state: &mut S) -> usize {
     event_loop.poll_once(state, Some(Duration::ZERO)).unwrap()
 }
 
@@ -120,13 +120,13 @@ fn each_event_calls_its_callback_with_its_token() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let a = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
     let b = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
     world.peer_writes(b, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", b)]);
     world.set_interest(&mut event_loop, a, Interest::WRITE);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("write", a)]);
 }
 
@@ -135,7 +135,7 @@ fn one_event_for_both_calls_read_before_write() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, BOTH, callbacks(read, write));
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token), ("write", token)]);
 }
 
@@ -152,7 +152,7 @@ fn what_a_callback_leaves_undone_is_reported_again() {
         run(&mut event_loop, &mut world);
         world.assert_calls(&[("read", token)]);
     }
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
 }
 
@@ -161,16 +161,16 @@ fn without_interest_nothing_is_reported_and_nothing_lost() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, Interest::NONE, callbacks(read, write));
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
     world.set_interest(&mut event_loop, token, Interest::READ);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
 }
 
-/// The one would be deregistered in the loop's table, the other in epoll's.
+/// Otherwise one fd would be deregistered in the loop's table, and the other in epoll.
 #[test]
-fn a_token_does_not_go_with_another_fd() {
+fn a_token_does_not_match_another_fd() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
     let other = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
@@ -180,7 +180,7 @@ fn a_token_does_not_go_with_another_fd() {
     let deletion = event_loop.del_io_event(stranger, token);
     assert_eq!(deletion.unwrap_err().kind(), ErrorKind::NotFound);
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
     world.close(&mut event_loop, other);
 }
@@ -199,7 +199,7 @@ fn a_hang_up_is_reported_even_without_interest() {
         let token = world.open(&mut event_loop, Interest::NONE, callbacks);
         let (_, elsewhere) = UnixStream::pair().unwrap();
         world.conns.get_mut(&token).unwrap().peer = elsewhere;
-        run_a_turn(&mut event_loop, &mut world);
+        run_once(&mut event_loop, &mut world);
         world.assert_calls(&[("close", token)]);
     }
 }
@@ -222,9 +222,9 @@ fn an_error_is_reported_even_without_interest() {
     assert_eq!(calls, [token]);
 }
 
-/// Or the loop would spin, and nothing would stop it.
+/// Otherwise the loop would spin, and nothing would stop it.
 #[test]
-fn a_hang_up_is_reported_to_whoever_is_there() {
+fn a_hang_up_reaches_the_only_callback_there_is() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let close: IoCallback<World> = |world, event_loop, token| {
         world.calls.push(("close", token));
@@ -282,20 +282,20 @@ fn a_deregistered_fd_is_silent_until_it_is_registered_again() {
     world.peer_writes(token, b"x");
     let conn = world.conns.remove(&token).unwrap();
     event_loop.del_io_event(&conn.ours, token).unwrap();
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
     let again = event_loop.add_io_event(&conn.ours, Interest::READ, callbacks(read, write));
     let token = again.unwrap();
     world.conns.insert(token, conn);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
 }
 
 #[test]
-fn an_event_of_a_closed_fd_is_not_taken_for_one_of_its_successor() {
+fn a_stale_event_does_not_reach_a_reused_fd() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
-    // The first of two ready sockets puts a new one, typically with the same fd number, into
-    // the place of the other.
+    // The callback of the first of two ready sockets replaces the other one by a new socket, which
+    // typically has the same fd number.
     let replace_the_other: IoCallback<World> = |world, event_loop, token| {
         read(world, event_loop, token)?;
         let other = *world.conns.keys().find(|other| **other != token).unwrap();
@@ -313,7 +313,7 @@ fn an_event_of_a_closed_fd_is_not_taken_for_one_of_its_successor() {
         let token = world.open(&mut event_loop, Interest::READ, callbacks);
         world.peer_writes(token, b"x");
     }
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     let first = world.calls[0].1;
     world.assert_calls(&[("read", first)]);
 }
@@ -329,8 +329,8 @@ fn a_read_callback_that_closes_its_fd_is_the_last_one_called_for_it() {
     };
     let token = world.open(&mut event_loop, BOTH, callbacks(replace_itself, write));
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     let successor = *world.conns.keys().next().unwrap();
     world.assert_calls(&[("read", token), ("write", successor)]);
 }
@@ -344,7 +344,7 @@ fn a_read_callback_that_drops_the_interest_in_writing_is_not_followed_by_write()
     };
     let token = world.open(&mut event_loop, BOTH, callbacks(read_only, write));
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
 }
 
@@ -403,25 +403,25 @@ fn a_regular_file_is_refused_and_leaves_nothing_behind() {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::PermissionDenied);
     }
     let token = world.open(&mut event_loop, Interest::WRITE, callbacks(read, write));
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("write", token)]);
 }
 
 #[test]
-fn an_fd_is_registered_once_and_the_first_time_counts() {
+fn a_second_registration_of_an_fd_is_refused() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
     let ours = &world.conns[&token].ours;
     let again = event_loop.add_io_event(ours, Interest::WRITE, callbacks(write, write));
     assert_eq!(again.unwrap_err().kind(), ErrorKind::AlreadyExists);
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
     world.close(&mut event_loop, token);
 }
 
 #[test]
-fn an_old_token_finds_nothing_and_harms_no_later_registration() {
+fn a_stale_token_finds_nothing_and_harms_no_later_registration() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let old = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
     world.close(&mut event_loop, old);
@@ -434,12 +434,12 @@ fn an_old_token_finds_nothing_and_harms_no_later_registration() {
         assert_eq!(result.unwrap_err().kind(), ErrorKind::NotFound);
     }
     world.peer_writes(token, b"x");
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("read", token)]);
 }
 
 #[test]
-fn no_token_is_ever_given_out_twice() {
+fn no_token_is_ever_reused() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let mut tokens = HashSet::from([Token::default()]);
     for _ in 0..100 {
@@ -448,20 +448,20 @@ fn no_token_is_ever_given_out_twice() {
             world.open(&mut event_loop, Interest::READ, callbacks)
         });
         for token in opened {
-            assert!(tokens.insert(token), "{token:?} is an old one");
+            assert!(tokens.insert(token), "{token:?} is not new");
             world.close(&mut event_loop, token);
         }
     }
 }
 
 #[test]
-fn an_interest_reads_as_epoll_names_it() {
+fn an_interest_prints_as_epoll_flags() {
     let named = [Interest::READ, Interest::WRITE, BOTH, Interest::NONE].map(|i| i.to_string());
     assert_eq!(named, ["IN", "OUT", "IN|OUT", "nothing"]);
 }
 
 #[test]
-fn timers_run_when_they_are_due_and_at_the_same_time_as_they_were_set() {
+fn timers_run_when_due_and_in_the_order_set_if_due_at_once() {
     type State = Vec<(Token, Instant)>;
     const DELAYS: [u64; 6] = [20, 0, 10, 20, 0, 0];
     let mut event_loop = EventLoop::<State>::new().unwrap();
@@ -475,7 +475,7 @@ fn timers_run_when_they_are_due_and_at_the_same_time_as_they_were_set() {
     let pairs = DELAYS.map(|_| UnixStream::pair().unwrap());
     let mut expected = Vec::new();
     for (delay, (ours, _)) in DELAYS.map(Duration::from_millis).into_iter().zip(&pairs) {
-        // Registered only for the sake of the tokens, which tell the timers apart.
+        // Registered only to get tokens, which tell the timers apart.
         let none = Callbacks { read: None, write: None };
         let token = event_loop.add_io_event(ours, Interest::NONE, none).unwrap();
         expected.push((Instant::now() + delay, token));
@@ -485,10 +485,10 @@ fn timers_run_when_they_are_due_and_at_the_same_time_as_they_were_set() {
     let mut calls = Vec::new();
     run(&mut event_loop, &mut calls);
     for ((due, token), (called, at)) in expected.iter().zip(&calls) {
-        assert_eq!(called, token, "{expected:?} and not {calls:?}");
+        assert_eq!(called, token, "expected {expected:?}, got {calls:?}");
         assert!(at >= due);
     }
-    assert_eq!(calls.len(), DELAYS.len(), "each of them once");
+    assert_eq!(calls.len(), DELAYS.len(), "each timer once");
 }
 
 #[test]
@@ -516,26 +516,26 @@ fn a_cancelled_timer_does_not_run() {
     world.timer = Some(event_loop.run_after(zero, token, timer).unwrap());
     let ran = event_loop.run_after(zero, token, timer).unwrap();
     event_loop.cancel_timer(before);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("cancel", token), ("timer", token)]);
     event_loop.cancel_timer(ran);
 }
 
 #[test]
-fn a_timer_brings_its_token_whatever_became_of_that() {
+fn a_timer_passes_its_token_even_if_stale() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let token = world.open(&mut event_loop, Interest::READ, callbacks(read, write));
     event_loop.run_after(Duration::ZERO, token, timer).unwrap();
     world.close(&mut event_loop, token);
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[("timer", token)]);
 }
 
 #[test]
-fn timers_that_set_timers_leave_the_fds_their_turn() {
+fn timers_that_set_timers_do_not_starve_the_fds() {
     fn again(world: &mut World, event_loop: &mut Loop, token: Token) -> anyhow::Result<()> {
         if world.calls.len() == 100 {
-            return Err(anyhow!("the fd was never looked at"));
+            return Err(anyhow!("the fd was never dispatched"));
         }
         world.peer_writes(token, b"x");
         event_loop.run_after(Duration::ZERO, token, again)?;
@@ -565,7 +565,7 @@ fn a_stop_leaves_the_timers_that_are_due_for_the_next_run() {
         run(&mut event_loop, &mut world);
         world.assert_calls(&[("timer", token)]);
     }
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
 }
 
@@ -576,16 +576,16 @@ fn an_error_of_one_timer_leaves_the_others_to_run() {
     event_loop.run_after(Duration::ZERO, Token::default(), fails).unwrap();
     event_loop.run_after(Duration::ZERO, Token::default(), EventLoop::stop_callback).unwrap();
     assert_eq!(event_loop.event_process(&mut world).unwrap_err().to_string(), "Other");
-    // Nothing else is set that could end this.
+    // Only the other timer can end this.
     event_loop.event_process(&mut world).unwrap();
 }
 
 #[test]
-fn a_delay_without_end_is_refused() {
+fn an_endless_delay_is_refused() {
     let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
     let refused = event_loop.run_after(Duration::MAX, Token::default(), timer);
     assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidInput);
     event_loop.run_after(HOUR * 24 * 365 * 100, Token::default(), timer).unwrap();
-    run_a_turn(&mut event_loop, &mut world);
+    run_once(&mut event_loop, &mut world);
     world.assert_calls(&[]);
 }

@@ -1,5 +1,5 @@
-//! What `net` promises when fds run short. Alone in its file, as all tests of a process share its
-//! fds.
+//! The promises of `net` under fd exhaustion. Alone in its file, because all tests in a process
+//! share its fds.
 
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -9,7 +9,7 @@ use common::net::{Accepted, Listener, raise_fd_limit};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 #[test]
-fn a_listener_is_neither_deaf_nor_dead_after_fd_exhaustion() {
+fn a_listener_recovers_from_fd_exhaustion() {
     let mut listener = Listener::bind(&[SocketAddr::from(([127, 0, 0, 1], 0))]).unwrap();
     listener.set_nonblocking().unwrap();
     let fd = listener.as_fd().try_clone_to_owned().unwrap();
@@ -24,7 +24,7 @@ fn a_listener_is_neither_deaf_nor_dead_after_fd_exhaustion() {
     }
     files.pop();
     let Accepted::Client(_stream, peer) = listener.accept() else {
-        panic!("a client waits and there is an fd for it");
+        panic!("a client is pending, and there is an fd for it");
     };
     assert_eq!(peer, client.local_addr().unwrap());
 

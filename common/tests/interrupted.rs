@@ -1,6 +1,6 @@
-//! System calls that are interrupted (EINTR) are repeated. Alone in its file, as it stops and
-//! continues the whole process: without a signal handler, which would need `unsafe`, only that
-//! interrupts a system call (signal(7)).
+//! Interrupted system calls (EINTR) are repeated. Alone in its file, because it stops and continues
+//! the whole process: without a signal handler, which would need `unsafe`, nothing else interrupts
+//! a system call (signal(7)).
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -16,8 +16,8 @@ use common::net::close_gracefully;
 use common::reactor_buf::{InputBuf, OutputBuf};
 use nix::unistd::{Pid, gettid};
 
-/// Stops process `$0` whenever its thread `$1` waits for something, and continues it. After some
-/// rounds does `$2`.
+/// Stops process `$0` when its thread `$1` is blocked, and continues it. After three rounds, runs
+/// `$2`.
 const SCRIPT: &str = r#"
     wait_for() {
         while read -r _ _ state _ </proc/$1/task/$2/stat && [ "$state" != $3 ]; do :; done
@@ -46,7 +46,7 @@ fn interrupt_and_then(last: &str, theirs: impl Into<OwnedFd>) -> Child {
 
 fn pair() -> (UnixStream, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
-    // Without a timeout the kernel itself would repeat the calls of a socket.
+    // Without a timeout the kernel itself would restart the calls on a socket.
     ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
     ours.set_write_timeout(Some(Duration::from_secs(20))).unwrap();
     (ours, theirs)
@@ -82,6 +82,6 @@ fn an_interrupted_system_call_is_repeated() {
     let (socket, _) = listener.accept().unwrap();
     let mut child = interrupt_and_then("true", theirs);
     close_gracefully(socket, Duration::from_secs(20)).unwrap();
-    // It has not been given up before the peer has closed.
+    // It has waited until the peer has closed.
     assert!(child.wait().unwrap().success());
 }

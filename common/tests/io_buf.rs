@@ -1,4 +1,4 @@
-//! What `IoBuf` promises.
+//! The promises of `IoBuf`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -56,7 +56,7 @@ fn append_takes_what_there_is_room_for() {
     assert_eq!(buf.append(&[2; 10]), 6);
     assert_eq!(buf.append(&[3; 10]), 0);
     buf.pop(4090);
-    assert_eq!(buf.append(&[3; 10]), 0, "the room in front is no room yet");
+    assert_eq!(buf.append(&[3; 10]), 0, "popped bytes are not room yet");
     assert_buf(&buf, 4090, &[2; 6]);
     buf.adjust();
     assert_eq!(buf.append(&[3; 10]), 10);

@@ -1,4 +1,4 @@
-//! What the TLV frame promises.
+//! The promises of the message codec.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -41,7 +41,7 @@ fn what_was_encoded_is_decoded() {
 }
 
 #[test]
-fn messages_stuck_together_come_out_in_order() {
+fn joined_messages_are_decoded_in_order() {
     let mut bytes: &[u8] = &[frame(1, b"one"), frame(2, b""), frame(3, b"three")].concat();
     let mut ids = Vec::new();
     while let Ok(Some(message)) = decode(bytes) {
@@ -52,7 +52,7 @@ fn messages_stuck_together_come_out_in_order() {
 }
 
 #[test]
-fn no_part_of_a_frame_is_a_message_or_an_error() {
+fn an_incomplete_frame_is_neither_a_message_nor_an_error() {
     for payload in [&b""[..], b"a", b"hello lars!", &[b'x'; MAX_PAYLOAD]] {
         let frame = frame(7, payload);
         for n in 0..frame.len() {
@@ -62,7 +62,7 @@ fn no_part_of_a_frame_is_a_message_or_an_error() {
 }
 
 #[test]
-fn the_header_alone_suffices_to_refuse_a_length() {
+fn the_header_alone_is_enough_to_refuse_a_length() {
     for length in [65_528, 65_536, i32::MAX, -1, i32::MIN] {
         let header = [5_i32.to_le_bytes(), length.to_le_bytes()].concat();
         assert_eq!(decode(&header), Err(BadLength(length.into())));

@@ -1,4 +1,4 @@
-//! What the sockets of `net` promise.
+//! The promises of `net`.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -16,7 +16,7 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, bind, getsockname, getsockopt, socket, sockopt,
 };
 
-/// When a test is given up that waits in vain.
+/// The time limit of every wait.
 const LIMIT: Duration = Duration::from_secs(20);
 
 const ANY_PORT: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
@@ -40,7 +40,7 @@ fn tcp_pair() -> (TcpStream, TcpStream) {
     (listener.accept_blocking().0, client)
 }
 
-/// What `f` returns, if it ever does.
+/// Returns the result of `f`, if it returns in time.
 #[track_caller]
 fn within_limit<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
@@ -48,11 +48,11 @@ fn within_limit<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> T 
     receiver.recv_timeout(LIMIT).unwrap()
 }
 
-/// TEST-NET-1 (RFC 5737), which no machine has.
+/// An address in TEST-NET-1 (RFC 5737), which no machine has.
 const ELSEWHERE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 0);
 
 #[test]
-fn the_first_address_that_the_machine_has_is_taken() {
+fn binds_the_first_address_that_is_local() {
     let listener = Listener::bind(&[ELSEWHERE, ANY_PORT]).unwrap();
     assert_eq!(local_addr(&listener).ip(), ANY_PORT.ip());
     let kind = |addrs: &[SocketAddr]| Listener::bind(addrs).err().map(|err| err.kind());
@@ -60,9 +60,9 @@ fn the_first_address_that_the_machine_has_is_taken() {
     assert_eq!(kind(&[]), Some(ErrorKind::InvalidInput));
 }
 
-/// Or the server would listen elsewhere, and its user wonder why it answers as another one does.
+/// If the server listened elsewhere, its user would talk to another server without noticing.
 #[test]
-fn an_address_in_use_is_an_error_whatever_else_could_be_had() {
+fn an_address_in_use_is_an_error_even_if_another_is_free() {
     let (_taken, addr) = listener();
     for addrs in [&[addr, ANY_PORT][..], &[ELSEWHERE, addr]] {
         let err = Listener::bind(addrs).err().unwrap();
@@ -71,11 +71,11 @@ fn an_address_in_use_is_an_error_whatever_else_could_be_had() {
 }
 
 #[test]
-fn a_port_can_be_bound_again_while_its_old_connections_fade() {
+fn a_port_can_be_bound_again_while_old_connections_are_in_time_wait() {
     let (mut listener, addr) = listener();
     let mut client = TcpStream::connect(addr).unwrap();
     let (server, _) = listener.accept_blocking();
-    // The end that closes first is the one in TIME_WAIT.
+    // The side that closes first ends up in TIME_WAIT.
     drop((server, listener));
     assert_eq!(client.read(&mut [0]).unwrap(), 0);
     drop(client);
@@ -90,7 +90,7 @@ fn accept_takes_the_pending_clients_and_would_then_block() {
     let clients = [(); 2].map(|()| TcpStream::connect(addr).unwrap());
     for client in clients {
         let Accepted::Client(_, peer) = listener.accept() else {
-            panic!("no client, though connect has returned");
+            panic!("no client, although connect has returned");
         };
         assert_eq!(peer, client.local_addr().unwrap());
     }
@@ -101,7 +101,7 @@ fn accept_takes_the_pending_clients_and_would_then_block() {
 fn the_queue_takes_a_thousand_clients_in_one_burst() {
     let (_listener, addr) = listener();
     raise_fd_limit();
-    // None is accepted. Once the backlog is full, connecting takes for ever.
+    // None is accepted. Once the backlog is full, connecting blocks.
     let clients: Vec<_> = (0..1000)
         .map_while(|_| TcpStream::connect_timeout(&addr, Duration::from_secs(5)).ok())
         .collect();
@@ -121,7 +121,7 @@ fn a_dropped_listener_resets_pending_clients_and_frees_its_port() {
     Listener::bind(&[addr]).unwrap();
 }
 
-/// Or a client whose link is cut would hold its place for ever.
+/// Otherwise a connection whose link is cut would stay open forever.
 #[test]
 fn accepted_connections_have_keep_alive() {
     let (server, _client) = tcp_pair();
@@ -131,7 +131,7 @@ fn accepted_connections_have_keep_alive() {
     assert_eq!(getsockopt(&server, sockopt::TcpKeepCount).unwrap(), 3);
 }
 
-/// How connecting to `addr` ended, once the loop has said that it has.
+/// Connects to `addr` on an event loop, and returns the outcome.
 #[track_caller]
 fn connect_in_loop(addr: SocketAddr) -> (TcpStream, io::Result<()>) {
     let stream = connect(addr).unwrap();
@@ -139,15 +139,15 @@ fn connect_in_loop(addr: SocketAddr) -> (TcpStream, io::Result<()>) {
     let callbacks = Callbacks { read: None, write: Some(EventLoop::stop_callback) };
     let registered = event_loop.add_io_event(&stream, Interest::WRITE, callbacks);
     let token = registered.unwrap();
-    let in_vain = |_: &mut _, _: &mut _, _| Err(anyhow!("waited in vain"));
-    event_loop.run_after(LIMIT, token, in_vain).unwrap();
+    let time_out = |_: &mut _, _: &mut _, _| Err(anyhow!("timed out"));
+    event_loop.run_after(LIMIT, token, time_out).unwrap();
     event_loop.event_process(&mut ()).unwrap();
     let outcome = connect_result(&stream);
     (stream, outcome)
 }
 
 #[test]
-fn a_connection_is_there_when_its_socket_becomes_writable() {
+fn a_connection_is_established_when_its_socket_becomes_writable() {
     let (mut listener, addr) = listener();
     let (mut stream, outcome) = connect_in_loop(addr);
     outcome.unwrap();
@@ -158,8 +158,8 @@ fn a_connection_is_there_when_its_socket_becomes_writable() {
 }
 
 #[test]
-fn a_refused_connection_becomes_writable_and_says_why() {
-    // Bound but not listening, so that the port is given to no other socket.
+fn a_refused_connection_becomes_writable_and_has_an_error() {
+    // Bound but not listening, so that no other socket gets the port.
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
     bind(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 0)).unwrap();
     let bound = TcpListener::from(socket);
@@ -168,8 +168,8 @@ fn a_refused_connection_becomes_writable_and_says_why() {
     assert_eq!(err.kind(), ErrorKind::ConnectionRefused);
 }
 
-/// The kernel does that to a client whose server is gone, if the port is one of those that it gives
-/// to clients.
+/// This can happen to a client whose server is gone, if the port is in the kernel's range for
+/// clients.
 #[test]
 fn a_socket_connected_to_itself_counts_as_refused() {
     let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::empty(), None).unwrap();
@@ -181,13 +181,13 @@ fn a_socket_connected_to_itself_counts_as_refused() {
 }
 
 #[test]
-fn a_graceful_close_delivers_the_reply_in_spite_of_unread_input() {
+fn a_graceful_close_delivers_the_reply_despite_unread_input() {
     let (mut server, mut client) = tcp_pair();
     client.write_all(&[b'?'; 100_000]).unwrap();
     server.write_all(b"hello Lars\n").unwrap();
     thread::scope(|scope| {
         let closing = scope.spawn(|| close_gracefully(server, LIMIT));
-        // A reset would now make it fail, and the reply be lost.
+        // A reset would make this write fail, and destroy the reply.
         client.write_all(&[b'?'; 100_000]).unwrap();
         let mut reply = String::new();
         client.read_to_string(&mut reply).unwrap();
@@ -198,12 +198,12 @@ fn a_graceful_close_delivers_the_reply_in_spite_of_unread_input() {
 }
 
 #[test]
-fn a_graceful_close_says_that_the_peer_has_reset() {
+fn a_graceful_close_reports_a_reset() {
     let (server, client) = tcp_pair();
     let at_once = nix::libc::linger { l_onoff: 1, l_linger: 0 };
     nix::sys::socket::setsockopt(&client, nix::sys::socket::sockopt::Linger, &at_once).unwrap();
     let reset = thread::spawn(move || {
-        // Only after the FIN, or it could not be said any more.
+        // Only after the FIN, or the server could not send the FIN any more.
         assert_eq!((&client).read(&mut [0]).unwrap(), 0);
         drop(client);
     });
@@ -213,7 +213,7 @@ fn a_graceful_close_says_that_the_peer_has_reset() {
 }
 
 #[test]
-fn a_graceful_close_has_an_end_though_the_peer_has_none() {
+fn a_graceful_close_ends_even_if_the_peer_never_closes() {
     let limit = Duration::from_millis(20);
     let (server, _silent) = tcp_pair();
     within_limit(move || close_gracefully(server, limit)).unwrap();

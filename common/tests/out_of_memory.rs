@@ -1,5 +1,5 @@
-//! What `BufPool` promises when memory is short. Alone in its file, as all tests of a process share
-//! its memory.
+//! The promises of `BufPool` when memory is short. Alone in its file, because all tests in a
+//! process share its memory.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -13,7 +13,7 @@ fn resident_kib() -> usize {
 }
 
 #[test]
-fn a_block_that_memory_is_too_short_for_is_an_error_and_free_blocks_give_way() {
+fn out_of_memory_is_an_error_and_free_blocks_make_room() {
     let (_, hard) = getrlimit(Resource::RLIMIT_AS).unwrap();
     setrlimit(Resource::RLIMIT_AS, 1 << 30, hard).unwrap();
     let pool = BufPool::new(usize::MAX);
@@ -29,7 +29,7 @@ fn a_block_that_memory_is_too_short_for_is_an_error_and_free_blocks_give_way() {
     assert_eq!(err.to_string(), "the system has no memory for a buffer of 1048576 bytes");
     assert_eq!(pool.stats().in_use, blocks.len() << 20);
     let grown = resident_kib() - before;
-    assert!(grown < 256 << 10, "blocks that have not been written to take {grown} KiB");
+    assert!(grown < 256 << 10, "blocks that were never written take up {grown} KiB");
     drop(blocks);
     assert_eq!(pool.alloc(MAX_BLOCK).unwrap().capacity(), MAX_BLOCK);
     assert_eq!(pool.stats().free, MAX_BLOCK);

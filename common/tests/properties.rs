@@ -1,4 +1,4 @@
-//! Properties that hold for any input and any order of operations, tried on random ones.
+//! Properties that hold for any input and any order of operations, tested with random ones.
 
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
@@ -51,7 +51,7 @@ fn block_ops() -> impl Strategy<Value = Vec<BlockOp>> {
 }
 
 proptest! {
-    /// A block is a `Vec<u8>` with a bound, at whose front popped bytes take up room.
+    /// A block is a bounded `Vec<u8>`, in which popped bytes at the front take up room.
     #[test]
     fn a_block_holds_what_was_appended_and_not_popped(size in 0..40_000_usize, ops in block_ops()) {
         let pool = BufPool::new(MIB);
@@ -91,15 +91,15 @@ proptest! {
         prop_assert_eq!(pool.stats().in_use, 0);
     }
 
-    /// Whatever is taken and given back, in use and free add up, and the cap holds.
+    /// After any allocations and drops, the bytes in use and free add up, and the cap holds.
     #[test]
-    fn a_pool_keeps_its_books(
+    fn the_figures_of_a_pool_add_up(
         cap in 0..3 * MIB,
         ops in vec((any::<bool>(), 0..2 * MIB), 0..80),
     ) {
         let pool = BufPool::new(cap);
         let mut blocks = Vec::new();
-        let mut high_water = 0;
+        let mut peak = 0;
         for (take, n) in ops {
             if take {
                 match pool.alloc(n) {
@@ -115,9 +115,9 @@ proptest! {
             }
             let stats = pool.stats();
             let in_use = blocks.iter().map(|block| block.capacity()).sum();
-            high_water = high_water.max(in_use);
+            peak = peak.max(in_use);
             prop_assert_eq!(stats.in_use, in_use);
-            prop_assert_eq!(stats.high_water, high_water);
+            prop_assert_eq!(stats.peak, peak);
             prop_assert!(stats.in_use + stats.free <= cap);
         }
     }
@@ -125,19 +125,19 @@ proptest! {
 
 #[derive(Clone, Debug)]
 enum StreamOp {
-    /// The peer sends so many bytes.
+    /// The peer sends this many bytes.
     PeerSends(usize),
     /// One read from the socket.
     Read,
-    /// Takes the input out, pops so many bytes and puts the rest back.
+    /// Takes the input, pops this many bytes and puts the rest back.
     Pop(usize),
     /// Moves all of the input to the output.
     Move,
-    /// Adds so many bytes to the output.
+    /// Adds this many bytes to the output.
     Send(usize),
-    /// Writes what the socket takes.
+    /// Writes as much as the socket takes.
     Write,
-    /// The peer reads at most so many bytes.
+    /// The peer reads at most this many bytes.
     PeerReads(usize),
 }
 
@@ -166,8 +166,8 @@ fn read_up_to(stream: &mut UnixStream, n: usize) -> Vec<u8> {
 }
 
 proptest! {
-    /// Both buffers are queues of bytes: nothing is lost, doubled or out of order, and no block is
-    /// held without bytes in it, whatever the partial reads and writes in between.
+    /// Both buffers are queues of bytes: nothing is lost, duplicated or reordered, and no empty
+    /// block is held, whatever partial reads and writes come in between.
     #[test]
     fn bytes_go_through_the_buffers_as_through_queues(ops in stream_ops()) {
         let pool = BufPool::new(64 * MIB);
@@ -205,7 +205,7 @@ proptest! {
                     }
                 }
                 StreamOp::Send(n) => {
-                    // Beyond 8 MiB no block is large enough, which is another test's matter.
+                    // Beyond 8 MiB no block is large enough; another test covers that.
                     if output.len() + n <= 8 * MIB {
                         let data = bytes(n, &mut seed);
                         output.send_data(&data[..]).unwrap();
@@ -236,8 +236,8 @@ fn frame(id: i32, payload: &[u8]) -> Vec<u8> {
 
 type Messages = Vec<(i32, Vec<u8>)>;
 
-/// What a connection does with bytes that come in pieces: the messages, why it stopped if it did,
-/// and the most memory that it had in use.
+/// Receives bytes in pieces as a connection does. Returns the messages, the error that ended it, if
+/// any, and the peak of the memory in use.
 fn receive(pieces: &[&[u8]]) -> (Messages, Option<BadLength>, usize) {
     let pool = BufPool::new(MIB);
     let (socket, mut peer) = pair();
@@ -255,16 +255,16 @@ fn receive(pieces: &[&[u8]]) -> (Messages, Option<BadLength>, usize) {
                         let n = message.frame_len();
                         block.pop(n);
                     }
-                    Err(err) => return (messages, Some(err), pool.stats().high_water),
+                    Err(err) => return (messages, Some(err), pool.stats().peak),
                 }
             }
             input.put_back(block);
         }
     }
-    (messages, None, pool.stats().high_water)
+    (messages, None, pool.stats().peak)
 }
 
-/// Pieces small enough for the buffer of a socket.
+/// Cuts `stream` at these places, and into pieces small enough for the buffer of a socket.
 fn cut(stream: &[u8], at: &[prop::sample::Index]) -> Vec<Vec<u8>> {
     let mut cuts: BTreeSet<usize> = at.iter().map(|at| at.index(stream.len() + 1)).collect();
     cuts.extend((0..stream.len()).step_by(60_000));
@@ -291,7 +291,7 @@ proptest! {
         prop_assert!(received == messages);
     }
 
-    /// Nothing makes the codec panic, or hold more than one block of 64 KiB and the one before it.
+    /// No input makes the codec panic, or hold more than a block of 64 KiB and its predecessor.
     #[test]
     fn arbitrary_bytes_are_decoded_or_refused_in_bounded_memory(
         good in vec((any::<i32>(), 0..=MAX_PAYLOAD), 0..3),
@@ -303,19 +303,19 @@ proptest! {
         stream.extend(garbage);
         let pieces = cut(&stream, &at);
         let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
-        let (received, error, high_water) = receive(&pieces);
+        let (received, error, peak) = receive(&pieces);
         prop_assert!(received.len() >= good.len());
         if let Some(BadLength(length)) = error {
             prop_assert!(!(0..=MAX_PAYLOAD as i64).contains(&length));
         }
-        prop_assert!(high_water <= SIZE_CLASSES[2] + SIZE_CLASSES[1], "{}", high_water);
+        prop_assert!(peak <= SIZE_CLASSES[2] + SIZE_CLASSES[1], "{}", peak);
     }
 }
 
 #[derive(Clone, Debug)]
 enum LoopOp {
     Add(Interest),
-    /// Of the live registration with this number, modulo how many there are.
+    /// The number of a live registration, modulo how many there are.
     Change(usize, Interest),
     Delete(usize),
     PeerSends(usize),
@@ -361,7 +361,7 @@ impl Entry {
     }
 }
 
-/// Who has been called, and for what: reading is `false`, writing `true`.
+/// The calls so far: `false` for reading, `true` for writing.
 type Calls = Vec<(Token, bool)>;
 
 fn add(event_loop: &mut EventLoop<Calls>, interest: Interest) -> Entry {
@@ -380,7 +380,7 @@ fn add(event_loop: &mut EventLoop<Calls>, interest: Interest) -> Entry {
     Entry { socket, peer: Some(peer), token, interest, readable: false }
 }
 
-/// Runs the loop until everything that is ready now has been reported at least once.
+/// Runs one iteration, which reports everything that is ready now.
 fn run(event_loop: &mut EventLoop<Calls>) -> Calls {
     let mut calls = Calls::new();
     event_loop.poll_once(&mut calls, Some(Duration::ZERO)).unwrap();
@@ -388,9 +388,9 @@ fn run(event_loop: &mut EventLoop<Calls>) -> Calls {
 }
 
 proptest! {
-    /// After any change, just those are called that are ready and watched, by their own tokens.
+    /// After any change, exactly the callbacks of ready, watched fds are called, with their tokens.
     #[test]
-    fn the_loop_calls_who_is_ready_and_nobody_else(ops in loop_ops()) {
+    fn the_loop_calls_what_is_ready_and_nothing_else(ops in loop_ops()) {
         let mut event_loop = EventLoop::new().unwrap();
         let mut live: Vec<Entry> = Vec::new();
         let mut gone: Vec<Token> = Vec::new();
@@ -456,11 +456,11 @@ proptest! {
     }
 }
 
-/// The model as the callbacks have it, and what they are to do to it.
+/// The callbacks' model of the loop, and what they will do next.
 struct Batch {
     live: Vec<Entry>,
     plan: std::vec::IntoIter<LoopOp>,
-    /// Calls that should not have been.
+    /// Calls that should not have happened.
     wrong: Vec<(Token, bool)>,
 }
 
@@ -479,7 +479,7 @@ fn add_to_batch(event_loop: &mut EventLoop<Batch>, interest: Interest) -> Entry 
 }
 
 impl Batch {
-    /// Looks whether this call is due as things are now, and does the next thing to anyone.
+    /// Checks whether this call is due in the current state, and applies the next operation.
     fn called(
         &mut self,
         event_loop: &mut EventLoop<Self>,
@@ -502,7 +502,7 @@ impl Batch {
             LoopOp::Delete(which) | LoopOp::Replace(which, _) if which % n < self.live.len() => {
                 let entry = self.live.swap_remove(which % n);
                 event_loop.del_io_event(&entry.socket, entry.token)?;
-                // Closed: who comes next gets the same fd.
+                // Closed, so that the next socket gets the same fd.
                 drop(entry);
                 if let LoopOp::Replace(_, interest) = op {
                     self.live.push(add_to_batch(event_loop, interest));
@@ -515,10 +515,10 @@ impl Batch {
 }
 
 proptest! {
-    /// What a callback changes holds for the rest of the batch: who is deregistered is not called
-    /// any more, and who has its fd now is not called in its place.
+    /// A callback's changes apply to the rest of the batch: a deregistered callback is no longer
+    /// called, and neither is the callback of a new registration with the same fd.
     #[test]
-    fn what_a_callback_changes_holds_at_once(
+    fn changes_by_a_callback_take_effect_at_once(
         interests in vec((interest(), any::<bool>(), any::<bool>()), 2..12),
         plan in loop_ops(),
     ) {

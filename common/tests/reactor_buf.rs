@@ -1,4 +1,4 @@
-//! What `InputBuf` and `OutputBuf` promise, over real sockets.
+//! The promises of `InputBuf` and `OutputBuf`, over real sockets.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -12,7 +12,7 @@ use common::reactor_buf::{InputBuf, OutputBuf};
 
 const KIB: usize = 1024;
 
-/// Our end and the peer's, neither of which waits.
+/// Our end and the peer's, both non-blocking.
 fn pair() -> (UnixStream, UnixStream) {
     let (ours, peer) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
@@ -20,12 +20,12 @@ fn pair() -> (UnixStream, UnixStream) {
     (ours, peer)
 }
 
-/// No two blocks of it are alike, as 251 divides none of their sizes.
+/// No two blocks of it are equal, because 251 divides none of their sizes.
 fn pattern(n: usize) -> Vec<u8> {
     (0..n).map(|i| (i % 251) as u8).collect()
 }
 
-/// Writes what the socket takes.
+/// Writes as much as the socket takes.
 fn fill(mut peer: &UnixStream, mut data: &[u8]) -> usize {
     let all = data.len();
     while !data.is_empty() {
@@ -40,7 +40,7 @@ fn fill(mut peer: &UnixStream, mut data: &[u8]) -> usize {
     all - data.len()
 }
 
-/// Reads what has come.
+/// Reads everything that has arrived.
 fn drain(mut peer: &UnixStream) -> Vec<u8> {
     let mut data = Vec::new();
     if let Err(err) = peer.read_to_end(&mut data) {
@@ -74,7 +74,7 @@ fn assert_in_use(pool: &BufPool, bytes: usize) {
     assert_eq!(pool.stats().in_use, bytes);
 }
 
-/// Takes the bytes and gives the block back; its size goes with them.
+/// Takes the bytes and returns the block; returns them with the size of the block.
 #[track_caller]
 fn take(input: &mut InputBuf) -> (Vec<u8>, usize) {
     let block = input.take().unwrap();
@@ -115,13 +115,13 @@ fn the_end_of_the_stream_is_zero_and_comes_after_the_data() {
 }
 
 #[test]
-fn what_read_says_is_passed_on_and_the_data_stays() {
+fn a_read_error_is_returned_and_the_data_kept() {
     let (ours, peer) = pair();
     let pool = BufPool::new(MAX_BLOCK);
     let mut input = InputBuf::new(&pool);
     fill(&peer, b"data");
     assert_eq!(input.read_from(&ours).unwrap(), Some(4));
-    // A close with unread input is a reset.
+    // Closing with unread input sends a reset.
     fill(&ours, b"unread");
     drop(peer);
     let err = input.read_from(&ours).unwrap_err();
@@ -161,12 +161,12 @@ fn reads_add_to_what_was_put_back() {
     block.pop(4000);
     input.put_back(block);
     assert_eq!(input.len(), 96);
-    // The cap leaves no second block: the room is made by moving the data to the front.
+    // The cap allows no second block: room is made by moving the data to the front.
     assert_eq!(input.read_from(&ours).unwrap(), Some(8000 - 4096));
     assert_eq!(take(&mut input).0, &data[4000..]);
 }
 
-/// Or what is at the end of a block would be followed by one small read after the other.
+/// Otherwise data at the end of a block would cause one small read after another.
 #[test]
 fn a_read_finds_room_where_data_has_been_popped() {
     let pool = BufPool::new(MAX_BLOCK);
@@ -197,7 +197,7 @@ fn a_block_put_back_empty_goes_back_to_the_pool() {
 }
 
 #[test]
-fn an_input_that_nobody_takes_grows_through_the_classes_and_keeps_every_byte() {
+fn an_input_that_is_not_taken_grows_through_the_classes_and_keeps_every_byte() {
     let (ours, peer) = pair();
     let pool = BufPool::new(2 * MAX_BLOCK);
     let mut input = InputBuf::new(&pool);
@@ -264,7 +264,7 @@ fn the_next_read_is_as_large_as_the_last_ones_were() {
         assert_eq!(input.read_from(&ours).unwrap(), Some(expected * KIB));
         take(&mut input);
     }
-    // Each read shows in its block how much was expected: less is, one class down at a time.
+    // The size of the block shows what was expected. It goes down by one class at a time.
     for (n, capacity) in [(20_000, 64), (8, 64), (8, 16), (8, 4), (8, 4)] {
         fill(&peer, &plenty[..n]);
         assert_eq!(input.read_from(&ours).unwrap(), Some(n));
@@ -305,7 +305,7 @@ fn an_empty_output_writes_nothing_and_holds_no_block() {
 }
 
 #[test]
-fn output_is_added_behind_what_waits_and_grows_through_the_classes() {
+fn output_is_appended_and_grows_through_the_classes() {
     let (ours, peer) = pair();
     let pool = BufPool::new(MAX_BLOCK);
     let mut output = OutputBuf::new(&pool);
@@ -330,7 +330,7 @@ fn output_moves_to_the_front_before_it_takes_a_larger_block() {
     let mut output = OutputBuf::new(&pool);
     let data = pattern(MAX_BLOCK);
     output.send_data(&data[..]).unwrap();
-    // The cap leaves no second block.
+    // The cap allows no second block.
     let written = output.write_to(&ours).unwrap();
     output.send_data(&data[..written]).unwrap();
     let err = output.send_data(&b"x"[..]).unwrap_err();
@@ -360,9 +360,9 @@ fn without_memory_nothing_is_added_and_nothing_lost() {
 }
 
 #[test]
-fn a_block_goes_out_without_a_copy_where_nothing_waits() {
+fn a_block_is_sent_without_a_copy_if_nothing_waits() {
     let (ours, peer) = pair();
-    // A copy would need a second block, which the cap does not leave.
+    // A copy would need a second block, which the cap does not allow.
     let pool = BufPool::new(64 * KIB);
     let mut output = OutputBuf::new(&pool);
     let data = pattern(64 * KIB);
@@ -373,11 +373,11 @@ fn a_block_goes_out_without_a_copy_where_nothing_waits() {
     assert_eq!(output.write_to(&ours).unwrap(), 64 * KIB - 100);
     assert_eq!(drain(&peer), &data[100..]);
     assert_in_use(&pool, 0);
-    assert_eq!(pool.stats().high_water, 64 * KIB);
+    assert_eq!(pool.stats().peak, 64 * KIB);
 }
 
 #[test]
-fn a_block_behind_others_keeps_its_place_in_the_line() {
+fn blocks_are_sent_in_order() {
     let (ours, peer) = pair();
     let pool = BufPool::new(MAX_BLOCK);
     let mut output = OutputBuf::new(&pool);
@@ -391,7 +391,7 @@ fn a_block_behind_others_keeps_its_place_in_the_line() {
 }
 
 #[test]
-fn a_peer_that_is_gone_is_an_error() {
+fn writing_to_a_closed_peer_is_an_error() {
     let (ours, peer) = pair();
     let pool = BufPool::new(MAX_BLOCK);
     let mut output = OutputBuf::new(&pool);

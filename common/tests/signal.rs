@@ -1,4 +1,4 @@
-//! What `StopSignals` promises. Alone in its file, as signals concern a whole process.
+//! The promises of `StopSignals`. Alone in its file, because signals affect the whole process.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
@@ -9,7 +9,7 @@ use common::event_loop::{EventLoop, IoCallback, Token};
 use common::signal::StopSignals;
 use nix::sys::signal::{SigSet, Signal, raise};
 
-/// Under nohup it stays ignored.
+/// Whether SIGHUP is ignored, as under nohup.
 fn hup_is_ignored() -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:\t")).unwrap();
@@ -25,8 +25,8 @@ fn signals() -> Vec<Signal> {
 }
 
 fn run_with_limit(event_loop: &mut EventLoop<()>, limit: Duration) -> anyhow::Result<()> {
-    let in_vain: IoCallback<()> = |_, _, _| Err(anyhow!("waited in vain"));
-    let timer = event_loop.run_after(limit, Token::default(), in_vain)?;
+    let time_out: IoCallback<()> = |_, _, _| Err(anyhow!("timed out"));
+    let timer = event_loop.run_after(limit, Token::default(), time_out)?;
     let result = event_loop.event_process(&mut ());
     event_loop.cancel_timer(timer);
     result
@@ -45,22 +45,22 @@ fn a_signal_stops_the_loop_and_the_next_one_has_its_default_effect_again() {
         let stop_signals = StopSignals::register(&mut event_loop).unwrap();
         assert_blocked(&signals());
         let result = run_with_limit(&mut event_loop, Duration::ZERO);
-        let err = result.expect_err("nothing has come yet");
-        assert_eq!(err.to_string(), "waited in vain");
+        let err = result.expect_err("no signal has arrived yet");
+        assert_eq!(err.to_string(), "timed out");
 
-        // To this thread: in any other one of the test runner it would be deadly.
+        // To this thread: to any other thread of the test runner it would be fatal.
         raise(signal).unwrap();
         run_with_limit(&mut event_loop, Duration::from_secs(20)).unwrap();
 
-        // One that is still pending when its default effect comes back would be deadly too.
+        // A signal that is still pending when its default effect is restored would be fatal too.
         for signal in signals() {
             raise(signal).unwrap();
         }
         stop_signals.restore_default(&mut event_loop).unwrap();
-        // A closed terminal may send another one.
+        // SIGHUP stays blocked: closing a terminal may send another one.
         assert_blocked(&signals()[2..]);
         let result = run_with_limit(&mut event_loop, Duration::ZERO);
-        let err = result.expect_err("all have been taken");
-        assert_eq!(err.to_string(), "waited in vain");
+        let err = result.expect_err("no signal is left");
+        assert_eq!(err.to_string(), "timed out");
     }
 }

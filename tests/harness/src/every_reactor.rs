@@ -50,31 +50,31 @@ macro_rules! every_reactor {
         harness::every_reactor!($chapter, [
             the_second_client_does_not_wait,
             every_client_gets_its_own_bytes_back,
-            what_came_before_the_fin_goes_back_after_it,
-            what_is_stuck_goes_back_after_the_fin,
-            a_client_that_never_reads_costs_a_bounded_amount,
-            twenty_four_clients_that_never_read_disturb_nobody,
+            echoes_what_came_before_the_fin,
+            echoes_stuck_bytes_after_the_fin,
+            a_client_that_never_reads_costs_bounded_memory,
+            clients_that_never_read_do_not_delay_others,
             survives_a_shortage_of_memory,
             two_hundred_clients_that_stop_midway_cost_little,
-            a_client_that_never_stops_leaves_the_others_their_turn,
+            a_client_that_never_stops_does_not_starve_others,
             a_slow_reader_gets_everything,
             a_reset_ends_one_connection_and_is_logged,
             resets_at_any_moment_leave_nothing_behind,
-            thousands_who_say_nothing_leave_nothing_behind,
+            thousands_of_silent_clients_leave_nothing_behind,
             urgent_data_does_no_harm,
-            a_reused_fd_never_sees_the_bytes_of_the_one_before,
-            serves_whom_it_has_when_it_is_out_of_fds,
+            a_reused_fd_never_sees_its_predecessors_bytes,
+            serves_connected_clients_when_out_of_fds,
             ten_thousand_idle_clients_hold_no_blocks,
             stops_on_sigint_and_sigterm,
-            answers_what_came_before_the_signal,
-            what_is_on_its_way_arrives_though_more_has_come,
-            delivers_what_is_pending_before_it_stops,
+            answers_what_arrived_before_the_signal,
+            replies_in_flight_arrive_despite_unread_input,
+            delivers_pending_output_before_it_stops,
             a_client_that_has_everything_and_stays_is_not_cut_off,
-            a_client_that_never_reads_does_not_keep_it_from_stopping,
+            a_client_that_never_reads_does_not_prevent_the_stop,
             replies_survive_a_message_sent_after_the_stop,
-            a_client_that_reads_late_gets_all_that_came_before_the_stop,
+            a_late_reader_gets_all_replies_from_before_the_stop,
             serves_the_backlog_before_it_stops,
-            clients_that_send_all_the_while_are_not_reset_by_the_stop,
+            the_stop_does_not_reset_clients_that_keep_sending,
         ]);
     };
 }
@@ -188,7 +188,7 @@ pub fn every_client_gets_its_own_bytes_back(chapter: Chapter) {
     }
 }
 
-pub fn what_came_before_the_fin_goes_back_after_it(chapter: Chapter) {
+pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
     let server = chapter.start();
     for n in [1, 5_000, 200_000] {
         let client = server.connect();
@@ -202,7 +202,7 @@ pub fn what_came_before_the_fin_goes_back_after_it(chapter: Chapter) {
 }
 
 /// The FIN comes while the server cannot write, because the client reads late.
-pub fn what_is_stuck_goes_back_after_the_fin(chapter: Chapter) {
+pub fn echoes_stuck_bytes_after_the_fin(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
     let (mut sent, rest) = chapter.stuff(&client);
@@ -217,7 +217,7 @@ pub fn what_is_stuck_goes_back_after_the_fin(chapter: Chapter) {
     assert!(received == sent);
 }
 
-pub fn a_client_that_never_reads_costs_a_bounded_amount(chapter: Chapter) {
+pub fn a_client_that_never_reads_costs_bounded_memory(chapter: Chapter) {
     let server = chapter.start();
     let other = server.connect();
     chapter.ping(&other, b"before");
@@ -234,7 +234,7 @@ pub fn a_client_that_never_reads_costs_a_bounded_amount(chapter: Chapter) {
     assert_stops_with_nothing_in_use(server);
 }
 
-pub fn twenty_four_clients_that_never_read_disturb_nobody(chapter: Chapter) {
+pub fn clients_that_never_read_do_not_delay_others(chapter: Chapter) {
     let server = chapter.start();
     let other = server.connect();
     chapter.ping(&other, b"before");
@@ -310,7 +310,7 @@ pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
     }
 }
 
-pub fn a_client_that_never_stops_leaves_the_others_their_turn(chapter: Chapter) {
+pub fn a_client_that_never_stops_does_not_starve_others(chapter: Chapter) {
     let server = chapter.start();
     let busy = server.connect();
     let done = AtomicBool::new(false);
@@ -403,7 +403,7 @@ pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
     assert_stops_with_nothing_in_use(server);
 }
 
-pub fn thousands_who_say_nothing_leave_nothing_behind(chapter: Chapter) {
+pub fn thousands_of_silent_clients_leave_nothing_behind(chapter: Chapter) {
     let server = chapter.start();
     let fds = server.fds();
     let come_and_go = |count| {
@@ -420,7 +420,7 @@ pub fn thousands_who_say_nothing_leave_nothing_behind(chapter: Chapter) {
     assert_stops_with_nothing_in_use(server);
 }
 
-/// Runs `clients` twice, with `count` of them each time. The first time the server allocates what it
+/// Runs `clients` twice, `count` of them each time. The first time the server allocates what it
 /// needs; the second time it must not grow. A leak of 1 KiB per client would show.
 #[track_caller]
 fn assert_costs_no_memory(server: &Server, clients: impl Fn(usize), count: usize) {
@@ -445,7 +445,7 @@ pub fn urgent_data_does_no_harm(chapter: Chapter) {
 
 /// Clients leave, with and without replies pending, and in the same batch others connect and get
 /// their fds. The fds are the same, but the bytes must not be.
-pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
+pub fn a_reused_fd_never_sees_its_predecessors_bytes(chapter: Chapter) {
     let server = chapter.start();
     let mut clients: HashMap<u64, TcpStream> = HashMap::new();
     let bytes_of = |n: u64| (chapter.message)(&pattern(3000, n));
@@ -491,7 +491,7 @@ pub fn a_reused_fd_never_sees_the_bytes_of_the_one_before(chapter: Chapter) {
 
 /// With more clients than fds, the connected ones are served, and the others wait until one leaves.
 /// One line in the log, and no spinning. (The C++ course's servers spin or exit.)
-pub fn serves_whom_it_has_when_it_is_out_of_fds(chapter: Chapter) {
+pub fn serves_connected_clients_when_out_of_fds(chapter: Chapter) {
     let server = Server::start_under(chapter.exe, "-n 64");
     let clients: Vec<TcpStream> = (0..120).map(|_| server.connect()).collect();
     server.wait_for_log("cannot accept: Too many open files");
@@ -545,9 +545,9 @@ pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     }
 }
 
-/// From a single byte to more than one read returns, followed by the end of the stream, not a reset.
+/// From a few bytes to more than one read returns, followed by the end of the stream, not a reset.
 /// The server waits for the client to close too.
-pub fn answers_what_came_before_the_signal(chapter: Chapter) {
+pub fn answers_what_arrived_before_the_signal(chapter: Chapter) {
     for n in [1, 40_000, 300_000] {
         let mut server = chapter.start_talkative();
         let client = server.connect();
@@ -566,7 +566,7 @@ pub fn answers_what_came_before_the_signal(chapter: Chapter) {
 }
 
 /// Closing with unread input would reset the connection, and replies in flight would be lost.
-pub fn what_is_on_its_way_arrives_though_more_has_come(chapter: Chapter) {
+pub fn replies_in_flight_arrive_despite_unread_input(chapter: Chapter) {
     let mut server = chapter.start();
     let client = server.connect();
     let messages = chapter.messages(400_000, 1);
@@ -584,7 +584,7 @@ pub fn what_is_on_its_way_arrives_though_more_has_come(chapter: Chapter) {
 }
 
 /// The pending output is in the server's buffer and in the kernel's.
-pub fn delivers_what_is_pending_before_it_stops(chapter: Chapter) {
+pub fn delivers_pending_output_before_it_stops(chapter: Chapter) {
     let mut server = chapter.start();
     let client = server.connect();
     let (sent, _) = chapter.stuff(&client);
@@ -610,7 +610,7 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     assert_stopped_with_nothing_in_use(&mut server);
 }
 
-pub fn a_client_that_never_reads_does_not_keep_it_from_stopping(chapter: Chapter) {
+pub fn a_client_that_never_reads_does_not_prevent_the_stop(chapter: Chapter) {
     let mut server = chapter.start();
     let deaf = server.connect();
     chapter.stuff(&deaf);
@@ -651,7 +651,7 @@ pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
 
 /// The server has stopped reading from a client that does not read (backpressure), and its output
 /// waits in the kernel. That does not count as quiet: the server must wait for the client to read.
-pub fn a_client_that_reads_late_gets_all_that_came_before_the_stop(chapter: Chapter) {
+pub fn a_late_reader_gets_all_replies_from_before_the_stop(chapter: Chapter) {
     let len = (chapter.message)(&[0; 1000]).len();
     // Several attempts, as above.
     let start = Instant::now();
@@ -691,7 +691,7 @@ pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
 }
 
 /// They receive a prefix of what they have sent, and then the end of the stream.
-pub fn clients_that_send_all_the_while_are_not_reset_by_the_stop(chapter: Chapter) {
+pub fn the_stop_does_not_reset_clients_that_keep_sending(chapter: Chapter) {
     for seed in 0..5 {
         let mut server = chapter.start();
         let bytes = chapter.messages(50_000, seed);

@@ -1,5 +1,5 @@
-//! The promises of every server, in all chapters. [`every_server!`](crate::every_server!) turns each
-//! promise into a test.
+//! The promises of every server, in all chapters. [`every_server!`](crate::every_server!) turns
+//! each promise into a test.
 
 use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
@@ -33,19 +33,19 @@ macro_rules! every_server {
     };
     ($exe:expr, $works:expr) => {
         harness::every_server!($exe, $works, [
-            says_what_it_is,
-            listens_where_it_is_told,
-            refuses_what_is_no_address,
-            says_that_the_port_is_in_use,
-            says_that_the_address_is_not_its_own,
+            prints_help_and_version,
+            listens_on_the_given_address,
+            refuses_an_invalid_address,
+            reports_a_port_in_use,
+            reports_an_address_that_is_not_local,
             ends_with_its_terminal_but_not_under_nohup,
-            outlives_its_log,
-            outlives_a_terminal_of_another_user,
+            survives_a_log_that_cannot_be_written,
+            survives_a_log_on_another_users_terminal,
             shows_every_step_on_request,
-            says_when_it_does_not_understand_rust_log,
+            warns_about_an_invalid_rust_log,
             sleeps_when_idle,
-            can_be_started_again_at_once,
-            takes_a_burst_of_clients,
+            can_be_restarted_at_once,
+            accepts_a_burst_of_clients,
             survives_clients_that_reset,
         ]);
     };
@@ -58,7 +58,7 @@ fn name(exe: &str) -> &str {
     exe.rsplit('/').next().unwrap_or(exe)
 }
 
-pub fn says_what_it_is(exe: &str, _: Works) {
+pub fn prints_help_and_version(exe: &str, _: Works) {
     crate::chapter_only!("it reads the chapter's --help and --version");
     let help = run(exe, &["--help"]);
     assert!(help.status.success());
@@ -69,7 +69,7 @@ pub fn says_what_it_is(exe: &str, _: Works) {
     assert_eq!(String::from_utf8(version.stdout).unwrap(), format!("{} 0.1.0\n", name(exe)));
 }
 
-pub fn listens_where_it_is_told(exe: &str, works: Works) {
+pub fn listens_on_the_given_address(exe: &str, works: Works) {
     for addr in ["127.0.0.1:0", "[::1]:0", "localhost:0"] {
         if addr.starts_with('[') && TcpListener::bind(addr).is_err() {
             eprintln!("no IPv6 on this machine: {addr} is not tested");
@@ -79,7 +79,7 @@ pub fn listens_where_it_is_told(exe: &str, works: Works) {
     }
 }
 
-pub fn refuses_what_is_no_address(exe: &str, _: Works) {
+pub fn refuses_an_invalid_address(exe: &str, _: Works) {
     crate::chapter_only!("it reads the chapter's error messages");
     for addr in ["nonsense", "127.0.0.1", "127.0.0.1:65536", "::1:7777:x", ""] {
         let output = run(exe, &["--addr", addr]);
@@ -98,14 +98,14 @@ fn assert_one_line_about(exe: &str, addr: &str, reason: &str) {
     assert!(stderr.starts_with(&format!("error: cannot listen on {addr}: {reason}")), "{stderr}");
 }
 
-pub fn says_that_the_port_is_in_use(exe: &str, works: Works) {
+pub fn reports_a_port_in_use(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's error messages");
     let server = Server::start(exe);
     assert_one_line_about(exe, &server.addr().to_string(), "Address already in use");
     works(&server.connect());
 }
 
-pub fn says_that_the_address_is_not_its_own(exe: &str, _: Works) {
+pub fn reports_an_address_that_is_not_local(exe: &str, _: Works) {
     crate::chapter_only!("it reads the chapter's error messages");
     // 192.0.2.0/24 is for documentation (RFC 5737): no machine has it.
     assert_one_line_about(exe, "192.0.2.1:7777", "Cannot assign requested address");
@@ -145,7 +145,7 @@ fn assert_ended_by(exe: &str, signal: Signal, status: ExitStatus) {
 
 /// Its log goes to a full disk, to a file that may not grow, to a pipe whose reader is gone, and to
 /// a pipe and a terminal that are never read.
-pub fn outlives_its_log(exe: &str, works: Works) {
+pub fn survives_a_log_that_cannot_be_written(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     let start = |setup: &str, stderr: Stdio| {
         let (child, addr) = start_with_log(exe, setup, stderr);
@@ -187,7 +187,7 @@ pub fn outlives_its_log(exe: &str, works: Works) {
 
 /// The server may not open this terminal again, so it cannot make it non-blocking. Its last line is
 /// still shown. If the terminal is never read, that delays neither clients nor a signal.
-pub fn outlives_a_terminal_of_another_user(exe: &str, works: Works) {
+pub fn survives_a_log_on_another_users_terminal(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     const NO_ACCESS: &str = "exec setpriv --bounding-set=-dac_override,-dac_read_search";
     let terminal = || {
@@ -269,11 +269,11 @@ pub fn shows_every_step_on_request(exe: &str, works: Works) {
     server.wait_for_log(": closed");
 }
 
-pub fn says_when_it_does_not_understand_rust_log(exe: &str, works: Works) {
+pub fn warns_about_an_invalid_rust_log(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     let mut command = Command::new(exe);
     let server = Server::from(command.args(["--addr", "127.0.0.1:0"]).env("RUST_LOG", "a=b=c"));
-    server.wait_for_log("RUST_LOG is not understood");
+    server.wait_for_log("RUST_LOG is invalid");
     works(&server.connect());
 }
 
@@ -287,7 +287,7 @@ fn idle_fds(exe: &str) -> usize {
     Server::start(exe).fds()
 }
 
-pub fn can_be_started_again_at_once(exe: &str, works: Works) {
+pub fn can_be_restarted_at_once(exe: &str, works: Works) {
     let mut server = Server::start(exe);
     let addr = server.addr().to_string();
     works(&server.connect());
@@ -301,7 +301,7 @@ pub fn can_be_started_again_at_once(exe: &str, works: Works) {
     works(&Server::start_on(exe, &addr).connect());
 }
 
-pub fn takes_a_burst_of_clients(exe: &str, works: Works) {
+pub fn accepts_a_burst_of_clients(exe: &str, works: Works) {
     let server = Server::start(exe);
     // While the server is stopped, all of them have to wait in the kernel's accept queue.
     server.signal(Signal::SIGSTOP);

@@ -1,6 +1,6 @@
-//! What the pieces of a reply cost by themselves: the pool, the buffers, the codec, the loop.
+//! Microbenchmarks of the pieces of a reply: the pool, the buffers, the codec, the loop.
 
-// A benchmark that cannot get a socket or a block has failed, and says so best by a panic.
+// A benchmark that cannot get a socket or a block has failed, so it may panic.
 #![allow(clippy::unwrap_used)]
 
 use std::hint::black_box;
@@ -13,7 +13,7 @@ use common::message::{self, HEADER_LEN};
 use common::reactor_buf::{InputBuf, OutputBuf};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
-/// A block out of the pool and back.
+/// Takes a block from the pool and returns it.
 fn pool(c: &mut Criterion) {
     let pool = BufPool::new(1 << 30);
     let mut group = c.benchmark_group("pool: alloc and drop");
@@ -24,7 +24,7 @@ fn pool(c: &mut Criterion) {
     }
 }
 
-/// Bytes into a block and out again.
+/// Appends bytes to a block and pops them.
 fn io_buf(c: &mut Criterion) {
     let pool = BufPool::new(1 << 30);
     let mut group = c.benchmark_group("IoBuf: append and pop");
@@ -42,7 +42,7 @@ fn io_buf(c: &mut Criterion) {
     }
 }
 
-/// Bytes through a socket by the two buffers: one system call each.
+/// Sends bytes through a socket with the two buffers: one system call each.
 fn reactor_buf(c: &mut Criterion) {
     let pool = BufPool::new(1 << 30);
     let (mut input, mut output) = (InputBuf::new(&pool), OutputBuf::new(&pool));
@@ -64,7 +64,7 @@ fn reactor_buf(c: &mut Criterion) {
     }
 }
 
-/// The codec by itself.
+/// Encodes and decodes messages.
 fn codec(c: &mut Criterion) {
     c.bench_function("encode a header", |b| {
         b.iter(|| message::encode_header(black_box(1), black_box(56)));
@@ -85,7 +85,7 @@ fn codec(c: &mut Criterion) {
     });
 }
 
-/// From epoll_wait(2) to the callback and back, for one fd that is always ready and for a batch.
+/// From epoll_wait(2) to the callback and back, for one fd that is always ready and for batches.
 fn dispatch(c: &mut Criterion) {
     let mut group = c.benchmark_group("dispatch one event, ready at a time");
     for ready in [1, 50, 1000] {

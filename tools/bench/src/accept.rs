@@ -1,5 +1,5 @@
-//! How many clients a server takes in, one behind the other, a few at a time: each connects, has
-//! its one message echoed or its hello said, and is gone.
+//! Measures how many clients per second a server accepts, a few at a time. Each one connects, has
+//! one message echoed or reads the greeting, and leaves.
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
@@ -14,27 +14,27 @@ use nix::sys::socket::{setsockopt, sockopt::Linger};
 
 use crate::target::Target;
 
-/// How many clients there are at a time.
+/// How many clients are connected at a time.
 const AT_A_TIME: usize = 16;
 
-/// What chapter 1 says.
+/// The greeting of chapter 1.
 const HELLO: &[u8] = b"hello Lars\n";
 
-/// What came out.
+/// The results.
 pub struct Figures {
-    /// Clients that were served.
+    /// How many clients were served.
     pub clients: u64,
-    /// For how long was measured.
+    /// How long the measurement took.
     pub elapsed: Duration,
-    /// The processor time that the server used meanwhile.
+    /// The CPU time that the server used meanwhile.
     pub cpu: Duration,
 }
 
 struct Load {
     addr: SocketAddr,
-    /// What each client sends, nothing to a server that says hello.
+    /// What each client sends: nothing, if the server says hello.
     request: Vec<u8>,
-    /// What it gets.
+    /// What each client receives.
     reply: Vec<u8>,
     clients: HashMap<Token, Client>,
     served: u64,
@@ -45,10 +45,10 @@ struct Client {
     received: Vec<u8>,
 }
 
-/// Sends clients to `target` for `duration`. If it echoes, each of them sends a message of 64 bytes.
+/// Connects clients to `target` for `duration`. If it echoes, each one sends a message of 64 bytes.
 ///
 /// # Errors
-/// A client fails, or gets something else than it should.
+/// A client fails, or a reply is wrong.
 pub fn run(target: &Target, echoes: bool, duration: Duration) -> anyhow::Result<Figures> {
     let mut request = Vec::new();
     if echoes {
@@ -72,7 +72,7 @@ pub fn run(target: &Target, echoes: bool, duration: Duration) -> anyhow::Result<
 impl Load {
     fn connect(&mut self, event_loop: &mut EventLoop<Self>) -> anyhow::Result<()> {
         let stream = net::connect(self.addr)?;
-        // Closing with a reset leaves no TIME_WAIT behind, or the ports would soon be used up.
+        // Closing with a reset leaves no TIME_WAIT, which would soon use up the ports.
         setsockopt(&stream, Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
         let callbacks = Callbacks { read: Some(Self::receive), write: Some(Self::send) };
         let token = event_loop.add_io_event(&stream, Interest::WRITE, callbacks)?;
@@ -80,7 +80,7 @@ impl Load {
         Ok(())
     }
 
-    /// Connected: says what there is to say.
+    /// Called when a client is connected: sends its request.
     fn send(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
         let Some(Client { stream, .. }) = self.clients.get_mut(&token) else { return Ok(()) };
         if let Some(err) = stream.take_error()? {
@@ -90,17 +90,17 @@ impl Load {
         Ok(event_loop.set_interest(&*stream, token, Interest::READ)?)
     }
 
-    /// Served: makes room for the next one.
+    /// Called when a reply arrives: replaces a client that has been served by a new one.
     fn receive(&mut self, event_loop: &mut EventLoop<Self>, token: Token) -> anyhow::Result<()> {
         let Some(client) = self.clients.get_mut(&token) else { return Ok(()) };
         let mut bytes = [0; 256];
         match client.stream.read(&mut bytes) {
             Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(err) => return Err(err).context("reading a reply"),
-            Ok(0) => bail!("the server has closed after {} bytes", client.received.len()),
+            Ok(0) => bail!("the server closed after {} bytes", client.received.len()),
             Ok(n) => client.received.extend_from_slice(&bytes[..n]),
         }
-        ensure!(self.reply.starts_with(&client.received), "a reply is not what it should be");
+        ensure!(self.reply.starts_with(&client.received), "a reply is wrong");
         if client.received.len() < self.reply.len() {
             return Ok(());
         }

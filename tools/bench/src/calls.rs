@@ -1,4 +1,4 @@
-//! How many system calls a reply takes, counted by strace(1).
+//! Counts the system calls per reply with strace(1).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,13 +15,13 @@ use crate::target::{Server, Target};
 /// How long strace may take to write its report after the server has ended.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How often a server made each call in a while, and how many replies it sent.
+/// How often a server made each system call, and how many replies it sent meanwhile.
 struct Count {
     calls: BTreeMap<String, u64>,
     replies: u64,
 }
 
-/// Whether strace is installed, and may be used.
+/// Whether strace is installed and permitted.
 pub fn can_count() -> bool {
     let status = Command::new("strace")
         .args(["-c", "-o", "/dev/null", "true"])
@@ -31,8 +31,8 @@ pub fn can_count() -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// The calls that `server` makes for one reply, on average. What it does once, when it starts or
-/// when a client connects, is taken off by the difference between a short run and a longer one.
+/// Returns the calls that `server` makes per reply, on average. Takes the difference between a
+/// short run and a longer one, so that one-time calls at startup and on connect do not count.
 ///
 /// # Errors
 /// The server or strace cannot be run.
@@ -48,7 +48,7 @@ pub fn run(
     let mut calls = BTreeMap::new();
     for (name, n) in more.calls {
         let n = n.saturating_sub(once.calls.get(&name).copied().unwrap_or(0));
-        // Rounded as it is shown.
+        // Rounded as in the table.
         let per_reply = (n as f64 / replies * 100.0).round() / 100.0;
         if per_reply > 0.0 {
             calls.insert(name, per_reply);
@@ -73,7 +73,7 @@ fn count(
     Ok(Count { calls: calls?, replies: figures.replies })
 }
 
-/// The table of `strace -c`, whole when its last line is there.
+/// Reads the table of `strace -c`, which is complete when it has its last line.
 fn read_report(path: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
     let start = Instant::now();
     loop {
@@ -90,11 +90,11 @@ fn read_report(path: &Path) -> anyhow::Result<BTreeMap<String, u64>> {
 
 fn parse(report: &str) -> anyhow::Result<BTreeMap<String, u64>> {
     let mut calls = BTreeMap::new();
-    // % time, seconds, usecs/call, calls, perhaps errors, syscall; after the title and a line.
+    // After the title and a rule: % time, seconds, usecs/call, calls, errors (optional), syscall.
     for line in report.lines().skip(2).take_while(|line| !line.starts_with('-')) {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let (n, name) = fields.get(3).zip(fields.last()).context("a strange report by strace")?;
-        calls.insert((*name).to_owned(), n.parse().context("a strange report by strace")?);
+        let (n, name) = fields.get(3).zip(fields.last()).context("an unexpected strace report")?;
+        calls.insert((*name).to_owned(), n.parse().context("an unexpected strace report")?);
     }
     Ok(calls)
 }
@@ -119,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_report_is_an_error() {
+    fn an_invalid_report_is_an_error() {
         assert!(parse("a\nb\nstrace: no such thing\n").is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! What a connection costs that does nothing.
+//! Measures the memory that an idle connection costs.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -11,17 +11,17 @@ use crate::target::Target;
 
 /// A server's resident memory, in bytes.
 pub struct Memory {
-    /// Before anybody has connected.
+    /// Before any client has connected.
     pub start: u64,
-    /// With all clients connected, and each of them answered to have been accepted for sure.
+    /// With all clients connected; one reply shows that all of them have been accepted.
     pub connected: u64,
-    /// After each of them, one after the other, has sent a message and got it back.
+    /// After each client, one after another, has sent a message and got it back.
     pub echoed: u64,
-    /// After all of them at once have sent a message, and then got it back.
+    /// After all clients together have sent a message, and then got it back.
     pub burst: u64,
 }
 
-/// Connects `count` clients to `target`, and has each of them send messages of 64 bytes.
+/// Connects `count` clients to `target`, which send messages of 64 bytes.
 ///
 /// # Errors
 /// A connection fails, or what comes back is not what was sent.
@@ -31,7 +31,7 @@ pub fn run(target: &Target, count: usize) -> anyhow::Result<Memory> {
     for _ in 0..count {
         streams.push(TcpStream::connect(target.addr).context("cannot connect to the server")?);
     }
-    // Who connects last is accepted last: with its reply, all the others are in.
+    // The last client to connect is accepted last: its reply shows that all others are accepted.
     let last = streams.len().saturating_sub(1);
     echo(&mut streams[last..])?;
     let connected = target.memory()?;
@@ -43,7 +43,7 @@ pub fn run(target: &Target, count: usize) -> anyhow::Result<Memory> {
     Ok(Memory { start, connected, echoed, burst: target.memory()? })
 }
 
-/// First all send, then all receive.
+/// First all clients send, then all receive.
 fn echo(streams: &mut [TcpStream]) -> anyhow::Result<()> {
     let mut request = [7; 64];
     let header = message::encode_header(1, request.len() - message::HEADER_LEN)?;
@@ -54,7 +54,7 @@ fn echo(streams: &mut [TcpStream]) -> anyhow::Result<()> {
     for stream in streams {
         let mut reply = [0; 64];
         stream.read_exact(&mut reply).context("reading a reply")?;
-        ensure!(reply == request, "what came back is not what was sent");
+        ensure!(reply == request, "a reply differs from its request");
     }
     Ok(())
 }

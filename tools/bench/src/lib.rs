@@ -1,7 +1,7 @@
-//! What each chapter costs and buys, measured beside its peers.
+//! The benchmarks: what each chapter costs and gains, next to other servers (peers).
 //!
-//! A closed-loop load generator, the servers that are compared, and the table. Not a part of any
-//! chapter, and not built with one.
+//! A closed-loop load generator, the servers that are compared, and the tables. No chapter depends
+//! on it.
 
 pub mod accept;
 pub mod calls;
@@ -35,13 +35,13 @@ pub fn chapters(root: &Path) -> anyhow::Result<Vec<String>> {
     Ok(chapters)
 }
 
-/// A listening socket on a free port, announced as the chapters announce theirs.
+/// Listens on a free port, and logs the address in the same way as the chapters.
 ///
 /// # Errors
-/// What bind(2) and listen(2) say.
+/// Any bind(2) or listen(2) error.
 pub fn listener() -> anyhow::Result<TcpListener> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    // std's own backlog is too short for a thousand clients in a burst.
+    // std's own backlog is too small for a burst of a thousand clients.
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXCONN)?;
     eprintln!("listening on {}", listener.local_addr()?);
     Ok(listener)

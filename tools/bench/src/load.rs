@@ -1,5 +1,5 @@
-//! A closed-loop load: each connection has so many requests in flight, and sends the next one when
-//! a reply is there. Runs on the course's own event loop, and verifies every byte.
+//! A closed-loop load: each connection keeps a fixed number of requests in flight, and sends the
+//! next one when a reply arrives. Runs on the course's own event loop, and verifies every byte.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
@@ -19,17 +19,17 @@ use crate::target::Target;
 /// How many different requests a connection sends, in turn, so that a mix-up shows.
 const VARIETY: usize = 8;
 
-/// How long it may take until each client has had a reply.
+/// How long it may take until each client has received a reply.
 const START_LIMIT: Duration = Duration::from_secs(20);
 
-/// What is in flight at a time.
+/// A group of connections with the same load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cell {
     /// How many connections.
     pub connections: usize,
     /// How many requests each of them has in flight.
     pub pipeline: usize,
-    /// The size of a request and of its reply, in bytes, with its header if it has one.
+    /// The size of a request and of its reply, in bytes, including a header.
     pub bytes: usize,
 }
 
@@ -55,7 +55,7 @@ impl FromStr for Cell {
     }
 }
 
-/// One cell, and if there is a second one, with what else beside it.
+/// The cell to measure, and optionally cells that load the server at the same time.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scenario(pub Vec<Cell>);
 
@@ -79,23 +79,23 @@ impl FromStr for Scenario {
     }
 }
 
-/// What came out.
+/// The results.
 pub struct Figures {
-    /// By cell of the scenario.
+    /// One entry per cell of the scenario.
     pub cells: Vec<CellFigures>,
-    /// How many replies there were, of all cells and before the measurement too.
+    /// The number of replies to all cells, including those before the measurement.
     pub replies: u64,
-    /// For how long was measured.
+    /// How long the measurement took.
     pub elapsed: Duration,
-    /// The processor time that the server used meanwhile.
+    /// The CPU time that the server used meanwhile.
     pub cpu: Duration,
 }
 
-/// What came out for one cell.
+/// The results of one cell.
 pub struct CellFigures {
-    /// Replies while it was measured.
+    /// The number of replies during the measurement.
     pub replies: u64,
-    /// From sending a request to having its reply, in nanoseconds.
+    /// The time from sending a request to receiving its reply, in nanoseconds.
     pub latency: Histogram<u64>,
 }
 
@@ -103,32 +103,32 @@ struct Load {
     conns: HashMap<Token, Conn>,
     cells: Vec<Cell>,
     figures: Vec<CellFigures>,
-    /// How many connections have not had a reply yet.
+    /// How many connections have not received a reply yet.
     silent: usize,
     scratch: Vec<u8>,
 }
 
 struct Conn {
     stream: TcpStream,
-    /// Which of the cells it belongs to.
+    /// The index of its cell.
     cell: usize,
     /// The size of a request, in bytes.
     bytes: usize,
-    /// `VARIETY` requests, one behind the other. What is sent is this for ever, and so is what
-    /// comes back.
+    /// `VARIETY` requests, one after another. They are sent again and again, and the replies are
+    /// the same.
     requests: Vec<u8>,
     sent: u64,
     received: u64,
-    /// How far it may send: `pipeline` requests beyond what has come back whole.
+    /// How many bytes it may send: `pipeline` requests more than have been answered completely.
     allowed: u64,
     /// When each request in flight was sent.
     times: VecDeque<Instant>,
 }
 
-/// Loads `target` for `warm_up` and then, measured, for `duration`.
+/// Loads `target` for `warm_up`, and then for `duration`, which is measured.
 ///
 /// # Errors
-/// A connection fails, a byte that comes back is not the one that was sent, or none comes any more.
+/// A connection fails, a byte that comes back differs from the one sent, or no replies come.
 pub fn run(
     target: &Target,
     scenario: &Scenario,
@@ -150,7 +150,7 @@ pub fn run(
             load.connect(&mut event_loop, target.addr, number)?;
         }
     }
-    // All of them are accepted, and have been served once.
+    // Wait until every connection has been accepted and served once.
     load.silent = load.conns.len();
     load.run_for(&mut event_loop, START_LIMIT)?;
     ensure!(load.silent == 0, "{} clients without a reply in {START_LIMIT:?}", load.silent);
@@ -241,7 +241,7 @@ impl Load {
     }
 }
 
-/// Messages of chapter 4, which to the other servers are bytes like any others.
+/// Messages of chapter 4; for the other servers these are bytes like any others.
 fn requests(bytes: usize, number: usize) -> anyhow::Result<Vec<u8>> {
     let mut requests = Vec::with_capacity(VARIETY * bytes);
     for n in 0..VARIETY {
@@ -256,7 +256,7 @@ fn requests(bytes: usize, number: usize) -> anyhow::Result<Vec<u8>> {
 impl Conn {
     fn receive(&mut self, scratch: &mut [u8], mut done: impl FnMut(u64)) -> anyhow::Result<()> {
         let n = match (&self.stream).read(scratch) {
-            Ok(0) => bail!("the server has closed a connection"),
+            Ok(0) => bail!("the server closed a connection"),
             Ok(n) => n,
             Err(err) if err.kind() == ErrorKind::WouldBlock => return Ok(()),
             Err(err) => return Err(err).context("reading a reply"),
@@ -266,7 +266,7 @@ impl Conn {
             let expected = &self.requests[self.received as usize % self.requests.len()..];
             let (part, next) = rest.split_at(rest.len().min(expected.len()));
             if *part != expected[..part.len()] {
-                bail!("what came back is not what was sent, near byte {}", self.received);
+                bail!("a reply differs from its request, near byte {}", self.received);
             }
             self.received += part.len() as u64;
             rest = next;
@@ -312,7 +312,7 @@ mod tests {
 
     use super::*;
 
-    /// A connection that has sent its first request of 64 bytes, and its server's end.
+    /// A connection that has sent its first request of 64 bytes, and the server's end of it.
     fn conn() -> (Conn, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -331,7 +331,7 @@ mod tests {
         (conn, listener.accept().unwrap().0)
     }
 
-    /// The server answers `reply`; returns the number of replies that are whole.
+    /// Sends `reply` from the server. Returns the number of complete replies.
     fn receive(conn: &mut Conn, server: &mut TcpStream, reply: &[u8]) -> anyhow::Result<usize> {
         server.write_all(reply).unwrap();
         let mut done = 0;
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reply_counts_when_it_is_whole() {
+    fn a_reply_counts_when_it_is_complete() {
         let (mut conn, mut server) = conn();
         let reply = conn.requests[..64].to_vec();
         assert_eq!(receive(&mut conn, &mut server, &reply[..63]).unwrap(), 0);
@@ -348,16 +348,16 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_that_was_not_sent_is_noticed() {
+    fn a_wrong_byte_is_detected() {
         let (mut conn, mut server) = conn();
         let mut reply = conn.requests[..64].to_vec();
         reply[40] ^= 1;
         let err = receive(&mut conn, &mut server, &reply).unwrap_err();
-        assert!(err.to_string().contains("not what was sent"), "{err}");
+        assert!(err.to_string().contains("differs from its request"), "{err}");
     }
 
     #[test]
-    fn scenarios_are_read_as_they_are_written() {
+    fn scenarios_are_parsed_as_they_are_printed() {
         for text in ["1x1x64", "100x1x64+1x8x65535"] {
             assert_eq!(text.parse::<Scenario>().unwrap().to_string(), text);
         }

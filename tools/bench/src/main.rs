@@ -1,4 +1,4 @@
-//! Runs every chapter and every peer in turn and prints what each request costs.
+//! The bench program: measures every chapter and every peer in turn, and prints tables.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,22 +15,22 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::unistd::Pid;
 
-/// Measures the chapters of the course beside their peers: every server has its turn in every
-/// round, so that a machine that changes its speed changes it for all.
+/// Benchmarks the chapters and the servers they are compared with. Every server is measured in
+/// every round, so that a change in the machine's speed affects all of them.
 #[derive(Parser)]
 #[command(version, bin_name = "scripts/bench.sh")]
 struct Args {
-    /// One short round of everything, in a minute: a first look, and no more than that
+    /// One short round of everything, in a minute: only for a first impression
     #[arg(long, conflicts_with_all = ["rounds", "seconds"])]
     quick: bool,
-    /// How many rounds
+    /// The number of rounds
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
-    /// For how long each server is loaded in a turn
+    /// How long to load each server in a round, per scenario
     #[arg(long, default_value = "2", value_parser = parse_seconds)]
     seconds: Duration,
-    /// Connections x requests in flight on each x bytes of a request, and after a + more of the
-    /// kind that go on beside them and are not counted
+    /// Connections x requests in flight on each x bytes of a request; after a +, more connections
+    /// that load the server meanwhile but are not measured
     #[arg(
         long,
         value_name = "CxPxB[+CxPxB]",
@@ -39,24 +39,24 @@ struct Args {
                          100x1x64+1x8x65535"
     )]
     scenarios: Vec<Scenario>,
-    /// Which servers; ratios are to the first one [default: floor, the chapters, the peers]
+    /// The servers to measure; ratios are to the first [default: floor, the chapters, the peers]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     servers: Vec<String>,
-    /// How many idle connections to measure the memory of; 0 for none
+    /// The number of idle connections for the memory measurement; 0 skips it
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     idle: usize,
-    /// Do not measure how many clients a server takes in per second
+    /// Do not measure how many clients a server accepts per second
     #[arg(long)]
     no_accept: bool,
-    /// Do not count system calls, which takes strace
+    /// Do not count system calls, which needs strace
     #[arg(long)]
     no_calls: bool,
-    /// Keep all figures in this file, too
+    /// Also write all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-/// What system calls are counted with.
+/// The scenarios for which system calls are counted.
 const CALLS: [&str; 2] = ["1x1x64", "50x1x64"];
 
 fn parse_seconds(text: &str) -> Result<Duration, String> {
@@ -66,7 +66,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a number of seconds, above 0".to_owned())
 }
 
-/// What is measured, where and for how long.
+/// What to measure, where and for how long.
 struct Bench {
     servers: Vec<Server>,
     duration: Duration,
@@ -85,9 +85,9 @@ fn main() -> anyhow::Result<()> {
     }
     net::raise_fd_limit();
     let (fds, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    // Some are for the program itself.
+    // The program itself needs some, too.
     let needed = args.idle as u64 + 32;
-    ensure!(fds >= needed, "--idle {} takes {needed} fds, the limit is {fds}", args.idle);
+    ensure!(fds >= needed, "--idle {} needs {needed} fds, the limit is {fds}", args.idle);
     let servers: Vec<Server> =
         args.servers.iter().map(|name| Server { name: name.clone() }).collect();
     for server in &servers {
@@ -98,10 +98,10 @@ fn main() -> anyhow::Result<()> {
         let name = &first.name;
         ensure!(can_serve(first, scenario), "ratios are to {name}, which cannot serve {scenario}");
     }
-    // Before there may be a new file, which would make the commit a dirty one.
+    // Before a new file is created, which would make the work tree dirty.
     let machine = Machine::this_one();
     if let Some(path) = &args.json {
-        // Rather now than after ten minutes. What is in it stays until there is something better.
+        // Fails now rather than after ten minutes. The old contents stay until the run is over.
         let file = fs::OpenOptions::new().append(true).create(true).open(path);
         file.with_context(|| format!("cannot write {}", path.display()))?;
     }
@@ -109,10 +109,10 @@ fn main() -> anyhow::Result<()> {
     target::pin(Pid::from_raw(0), load_cpu)?;
     let count = !args.no_calls && calls::can_count();
     if !args.no_calls && !count {
-        eprintln!("system calls are not counted: there is no strace, or it may not be used");
+        eprintln!("not counting system calls: strace is not installed or not permitted");
     }
 
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} more: {msg}")?;
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left: {msg}")?;
     let mut bench = Bench {
         duration: args.seconds,
         server_cpu,
@@ -139,7 +139,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One thing to measure.
+/// One measurement.
 enum Turn<'a> {
     Load(usize, &'a Server, &'a Scenario),
     Accept(usize, &'a Server),
@@ -192,7 +192,7 @@ impl Bench {
                 self.report.loads.push(load);
             }
             Turn::Accept(round, server) => {
-                let what = self.say(server, "taking in clients".to_owned());
+                let what = self.say(server, "accepting clients".to_owned());
                 let accept = self.accept(round, server).context(what)?;
                 self.report.accepts.push(accept);
             }
@@ -260,7 +260,7 @@ impl Bench {
     }
 }
 
-/// Who serves one client after the other has no use for a second one.
+/// A server that serves one client at a time can only take scenarios with one connection.
 fn can_serve(server: &Server, scenario: &Scenario) -> bool {
     let connections: usize = scenario.0.iter().map(|cell| cell.connections).sum();
     server.echoes() && (connections == 1 || server.serves_many())
@@ -269,7 +269,7 @@ fn can_serve(server: &Server, scenario: &Scenario) -> bool {
 fn print(report: &Report) {
     for (_, title, table) in TABLES {
         let table = table(report);
-        // Title and line, and nothing below.
+        // Two lines are a title without rows.
         if table.lines().count() != 2 {
             println!("{title}\n{table}");
         }

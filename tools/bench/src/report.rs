@@ -1,4 +1,4 @@
-//! The figures of a whole run, as they are kept, and the tables that are made of them.
+//! The figures of a run, as they are stored, and the tables made from them.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,18 +10,18 @@ use std::thread;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-/// All that one run of the bench program has measured.
+/// Everything that one run of the bench program has measured.
 #[derive(Serialize, Deserialize)]
 pub struct Report {
     /// Where it ran.
     pub machine: Machine,
-    /// How often everything was measured.
+    /// How many times everything was measured.
     pub rounds: usize,
-    /// For how long each time, in seconds.
+    /// How long each time, in seconds.
     pub seconds: f64,
-    /// The servers, the one first that ratios are to.
+    /// The servers; ratios are to the first.
     pub servers: Vec<String>,
-    /// What they were loaded with.
+    /// The loads on the servers.
     pub scenarios: Vec<String>,
     /// One entry for each server, scenario and round.
     pub loads: Vec<Load>,
@@ -29,60 +29,60 @@ pub struct Report {
     pub accepts: Vec<Accept>,
     /// One entry for each server.
     pub idle: Vec<Idle>,
-    /// One entry for each server and scenario, none where there is no strace.
+    /// One entry for each server and scenario, or none without strace.
     pub calls: Vec<Calls>,
 }
 
-/// The machine that the figures are of.
+/// The machine that was measured.
 #[derive(Serialize, Deserialize)]
 pub struct Machine {
-    /// The processor's name for itself.
+    /// The model name of the processor.
     pub processor: String,
     /// How many processors there were.
     pub processors: usize,
     /// The version of Linux.
     pub kernel: String,
-    /// TCP's congestion control, typically cubic. It is what limits large messages.
+    /// TCP's congestion control, typically cubic. It limits the rate of large messages.
     pub congestion_control: String,
-    /// What `rustc --version` says.
+    /// The output of `rustc --version`.
     pub rustc: String,
-    /// The commit that was measured, `-dirty` if not only that.
+    /// The commit that was measured, with `-dirty` if there were other changes.
     pub commit: String,
 }
 
-/// One turn of one server under load.
+/// One measurement of one server under load.
 #[derive(Serialize, Deserialize)]
 pub struct Load {
     /// Its name.
     pub server: String,
-    /// Connections x requests in flight x bytes; after a `+`, what else went on.
+    /// Connections x requests in flight x bytes; after a `+`, the load beside it.
     pub scenario: String,
-    /// From 0.
+    /// The number of the round, from 0.
     pub round: usize,
-    /// Replies per second, of the first cell.
+    /// Replies per second to the first cell.
     pub rate: f64,
-    /// The server's processor time per reply of any cell, in nanoseconds.
+    /// The server's CPU time per reply to any cell, in nanoseconds.
     pub cpu_ns: f64,
-    /// Half of the replies of the first cell took no longer, in microseconds.
+    /// Half of the replies to the first cell took at most this long, in microseconds.
     pub p50_us: f64,
-    /// 99 in 100.
+    /// The same for 99 in 100.
     pub p99_us: f64,
-    /// 999 in 1,000.
+    /// The same for 999 in 1,000.
     pub p999_us: f64,
-    /// What the other cells sent and got back meanwhile, in bytes per second.
+    /// The rate at which the other cells were echoed meanwhile, in bytes per second.
     pub beside: f64,
 }
 
-/// One turn of one server taking in clients.
+/// One measurement of one server accepting clients.
 #[derive(Serialize, Deserialize)]
 pub struct Accept {
     /// Its name.
     pub server: String,
-    /// From 0.
+    /// The number of the round, from 0.
     pub round: usize,
     /// Clients per second.
     pub rate: f64,
-    /// The server's processor time per client, in nanoseconds.
+    /// The server's CPU time per client, in nanoseconds.
     pub cpu_ns: f64,
 }
 
@@ -91,19 +91,19 @@ pub struct Accept {
 pub struct Idle {
     /// Its name.
     pub server: String,
-    /// How many clients there were.
+    /// The number of clients.
     pub connections: usize,
-    /// Before there were any, in bytes.
+    /// Before any client has connected, in bytes.
     pub start: u64,
-    /// With all of them connected, in bytes.
+    /// With all clients connected, in bytes.
     pub connected: u64,
-    /// After each, one after the other, has sent a message and got it back, in bytes.
+    /// After each client, one after another, has sent a message and got it back, in bytes.
     pub echoed: u64,
-    /// After all of them at once have sent a message, and then got it back, in bytes.
+    /// After all clients together have sent a message, and then got it back, in bytes.
     pub burst: u64,
 }
 
-/// The system calls that one server makes for one reply, on average.
+/// The system calls of one server per reply, on average.
 #[derive(Serialize, Deserialize)]
 pub struct Calls {
     /// Its name.
@@ -115,7 +115,7 @@ pub struct Calls {
 }
 
 impl Machine {
-    /// The machine that this runs on. What cannot be found out is `unknown`.
+    /// Describes the machine that this runs on. What cannot be determined is `unknown`.
     pub fn this_one() -> Self {
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name\t: "));
@@ -144,55 +144,51 @@ fn output_of(program: &str, args: &[&str]) -> String {
     text.map_or_else(unknown, |text| String::from_utf8_lossy(&text).trim().to_owned())
 }
 
-/// Makes a table, as Markdown.
+/// Makes a table in Markdown.
 pub type Table = fn(&Report) -> String;
 
-/// The tables: the name under which the documentation asks for one, what it shows, and how it is made.
+/// The tables: the name by which pages include one, its title, and the function that makes it.
 pub const TABLES: [(&str, &str, Table); 9] = [
-    ("machine", "Where", Report::machine),
+    ("machine", "The machine", Report::machine),
     (
         "cpu",
-        "Processor time per reply; below the first server, as a ratio to it in the same round",
+        "CPU time per reply; for the other servers, as a ratio to the first one in the same round",
         Report::cpu,
     ),
     ("rate", "Replies per second", Report::rate),
-    (
-        "latency",
-        "Latency in microseconds: half, 99 in 100 and 999 in 1,000 took no longer",
-        Report::latency,
-    ),
+    ("latency", "Latency in microseconds: p50 / p99 / p99.9", Report::latency),
     ("stream", "One connection that streams large messages, each way", Report::stream),
     (
         "fairness",
-        "Fairness: the p99 of 100 clients that ping, alone and beside one at full blast",
+        "Fairness: the p99 of 100 clients that ping, alone and beside one that sends at full speed",
         Report::fairness,
     ),
-    ("accept", "Clients taken in per second, 16 at a time", Report::accept),
+    ("accept", "Clients accepted per second, 16 at a time", Report::accept),
     ("idle", "Resident memory", Report::idle),
     ("calls", "System calls per reply, by strace", Report::calls),
 ];
 
-/// Before what goes on beside the first cell of a scenario.
+/// Separates the first cell of a scenario from the load beside it.
 const BESIDE: char = '+';
 
 impl Report {
     /// Reads what [`to_json`](Self::to_json) has written.
     ///
     /// # Errors
-    /// It is something else.
+    /// The text is something else.
     pub fn from_json(text: &str) -> anyhow::Result<Self> {
-        serde_json::from_str(text).context("these are no figures of the bench program")
+        serde_json::from_str(text).context("not a report of the bench program")
     }
 
-    /// All of it as text, for people and programs to read.
+    /// Returns the report as JSON, indented.
     ///
     /// # Errors
-    /// None that is known: these figures can all be written.
+    /// None is known: all of these figures have a JSON form.
     pub fn to_json(&self) -> anyhow::Result<String> {
         Ok(serde_json::to_string_pretty(self)? + "\n")
     }
 
-    /// A table by its name, as Markdown.
+    /// Returns a table by its name, in Markdown.
     pub fn table(&self, name: &str) -> Option<String> {
         TABLES.iter().find(|(of, ..)| *of == name).map(|(.., table)| table(self))
     }
@@ -204,12 +200,12 @@ impl Report {
         let s = if *rounds == 1 { "" } else { "s" };
         format!(
             "{processor}, {processors} processors, Linux {kernel}, TCP {congestion_control}, \
-             {rustc}, commit {commit}; {rounds} round{s} of {seconds} s for each server, of which the \
-             medians; memory and system calls once.\n"
+             {rustc}, commit {commit}; medians of {rounds} round{s} of {seconds} s per server; \
+             memory and system calls measured once.\n"
         )
     }
 
-    /// Processor time per reply, as a ratio to the first server's in the same round.
+    /// CPU time per reply, as a ratio to the first server in the same round.
     fn cpu(&self) -> String {
         let first = &self.servers[0];
         self.by_scenario(
@@ -240,7 +236,7 @@ impl Report {
         )
     }
 
-    /// What half, 99 in 100 and 999 in 1,000 replies took at most, in microseconds.
+    /// The quantiles p50, p99 and p99.9 of the latency, in microseconds.
     fn latency(&self) -> String {
         self.by_scenario(
             |scenario| !self.is_of_fairness(scenario),
@@ -256,7 +252,7 @@ impl Report {
         )
     }
 
-    /// Bytes per second in each direction, where there is one connection with large messages.
+    /// Bytes per second in each direction, for one connection with large messages.
     fn stream(&self) -> String {
         self.by_scenario(
             |scenario| scenario.starts_with("1x") && bytes_of(scenario) >= 16_384.0,
@@ -267,14 +263,14 @@ impl Report {
         )
     }
 
-    /// Whether a scenario has something beside it, or is there to be compared with one that has.
+    /// Whether a scenario has another load beside it, or is the comparison for one that has.
     fn is_of_fairness(&self, scenario: &str) -> bool {
         let both = |other: &String| other.split_once(BESIDE).is_some_and(|(it, _)| it == scenario);
         scenario.contains(BESIDE) || self.scenarios.iter().any(both)
     }
 
-    /// The p99 of the clients that ping, alone and beside one that sends as fast as it can; and how much
-    /// that one sends.
+    /// The p99 of the clients that ping, alone and beside one that sends as fast as it can, and the
+    /// rate of that one.
     fn fairness(&self) -> String {
         self.by_scenario(
             |scenario| self.is_of_fairness(scenario),
@@ -291,7 +287,7 @@ impl Report {
         )
     }
 
-    /// Clients per second, and what each of them costs.
+    /// Clients per second, and the cost of each one.
     fn accept(&self) -> String {
         let rows = self.servers.iter().filter_map(|server| {
             let turns = || self.accepts.iter().filter(|turn| turn.server == *server);
@@ -316,7 +312,7 @@ impl Report {
         });
         let connections = self.idle.first().map_or(0, |idle| idle.connections);
         let each = format!("each of {} connections", thousands(connections as f64));
-        let title = ["server", "at its start", &each, "after an echo", "after all at once"];
+        let title = ["server", "at startup", &each, "after an echo", "after all at once"];
         markdown(&title, rows.collect())
     }
 
@@ -354,8 +350,7 @@ impl Report {
         self.loads.iter().filter(move |turn| turn.server == server && turn.scenario == scenario)
     }
 
-    /// A row for each server that has a figure, a column for each of the scenarios that `wanted`
-    /// names.
+    /// Makes a row for each server that has a figure, and a column for each `wanted` scenario.
     fn by_scenario(
         &self,
         wanted: impl Fn(&str) -> bool,
@@ -387,7 +382,7 @@ fn bytes_of(scenario: &str) -> f64 {
     scenario.rsplit('x').next().and_then(|bytes| bytes.parse().ok()).unwrap_or(0.0)
 }
 
-/// The middle one of the values, or what is halfway between the two that are in the middle.
+/// The middle value, or the mean of the two middle ones.
 fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
@@ -396,7 +391,7 @@ fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     Some((lower + upper) / 2.0)
 }
 
-/// A number without its fraction, with commas between the thousands.
+/// Formats a number without its fraction, with thousands separators.
 fn thousands(value: f64) -> String {
     let digits = format!("{value:.0}");
     let mut text = String::new();
@@ -409,7 +404,7 @@ fn thousands(value: f64) -> String {
     text
 }
 
-/// A table that is readable as it is: the first column to the left, the others to the right.
+/// Makes an aligned table: the first column on the left, the others on the right.
 fn markdown(title: &[&str], rows: Vec<Vec<String>>) -> String {
     let width = |n: usize| {
         let cells = rows.iter().filter_map(|row| row.get(n)).map(|cell| cell.chars().count());
@@ -419,7 +414,7 @@ fn markdown(title: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut text = String::new();
     let mut line = |cells: &mut dyn Iterator<Item = String>| {
         for cell in cells {
-            // Writing to a String does not fail.
+            // Writing to a String never fails.
             let _ = write!(text, "| {cell} ");
         }
         text.push_str("|\n");

@@ -1,4 +1,4 @@
-//! A server under measurement: started, pinned, looked at through /proc.
+//! The server under test: starts it, pins it to a processor, observes it through /proc.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
@@ -15,30 +15,30 @@ use nix::unistd::Pid;
 /// One of the programs that are compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Server {
-    /// The name of its executable, next to that of this program.
+    /// The name of its executable, which is in the same directory as this program.
     pub name: String,
 }
 
 impl Server {
-    /// The names of all that can be measured. The floor is the first, since ratios are to it.
+    /// The names of all servers. The floor is the first, because ratios are to it.
     ///
     /// # Errors
     /// The chapters cannot be listed.
     pub fn all() -> anyhow::Result<Vec<String>> {
         let mut names = vec!["floor".to_owned()];
-        // A second hyphen is in the name of a client, as in reactor-v04-client.
+        // A second hyphen marks a client, as in reactor-v04-client.
         let chapters = crate::chapters(Path::new(crate::ROOT))?;
         names.extend(chapters.into_iter().filter(|name| name.matches('-').count() == 1));
         names.extend(["peer-mio", "peer-tokio", "peer-tokio-codec"].map(str::to_owned));
         Ok(names)
     }
 
-    /// Chapter 1 says hello and takes in nothing.
+    /// Chapter 1 does not echo: it says hello and reads nothing.
     pub fn echoes(&self) -> bool {
         self.name != "reactor-v01"
     }
 
-    /// Chapters 1 and 2 serve one client after the other.
+    /// Chapters 1 and 2 serve one client at a time.
     pub fn serves_many(&self) -> bool {
         self.echoes() && self.name != "reactor-v02"
     }
@@ -50,22 +50,22 @@ impl Server {
     /// The command that runs it on a free port.
     ///
     /// # Errors
-    /// There is no such program in the folder of this one.
+    /// There is no such program in the directory of this one.
     pub fn command(&self) -> anyhow::Result<Command> {
         let exe = std::env::current_exe()?.with_file_name(&self.name);
-        ensure!(exe.is_file(), "there is no server {:?}", self.name);
+        ensure!(exe.is_file(), "no such server: {:?}", self.name);
         let mut command = Command::new(exe);
         command.args(self.args());
         Ok(command)
     }
 
-    /// The same under strace(1), which writes how often it made each call to `report` when it ends.
+    /// The same under strace(1), which writes how often it made each call to `report` at the end.
     ///
     /// # Errors
-    /// There is no such program in the folder of this one.
+    /// There is no such program in the directory of this one.
     pub fn command_counted(&self, report: &Path) -> anyhow::Result<Command> {
         let mut command = Command::new("strace");
-        // -D: strace becomes the child, and the server what was started here.
+        // -D: strace runs as a detached grandchild, so that the child process is the server.
         command.args(["-D", "-f", "-c", "-o"]).arg(report);
         command.arg(self.command()?.get_program()).args(self.args());
         Ok(command)
@@ -83,11 +83,11 @@ impl Target {
     /// Starts a server, waits until it listens and pins it to the processor `cpu`.
     ///
     /// # Errors
-    /// It cannot be started, or does not say where it listens.
+    /// It cannot be started, or does not log where it listens.
     pub fn start(mut command: Command, cpu: usize) -> anyhow::Result<Self> {
         let program = PathBuf::from(command.get_program());
         let mut child = command
-            // Where it listens, and not the clients that the load resets: no peer logs them.
+            // Logs where it listens, but not the clients that the load resets: no peer logs those.
             .env("RUST_LOG", "common=info")
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -100,9 +100,9 @@ impl Target {
         let Some(addr) = addr else {
             let _ = child.kill();
             let _ = child.wait();
-            bail!("{} does not say where it listens: {line}", program.display());
+            bail!("{} does not log where it listens: {line}", program.display());
         };
-        // What else it has to say must not fill the pipe.
+        // The rest of its log must not fill the pipe.
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
         let target = Self { child, addr };
         pin(target.pid()?, cpu)?;
@@ -113,7 +113,7 @@ impl Target {
         Ok(Pid::from_raw(self.child.id().try_into()?))
     }
 
-    /// The processor time that all its threads have used.
+    /// The CPU time that all its threads have used.
     ///
     /// # Errors
     /// It has ended, or the kernel keeps no schedstat.
@@ -149,23 +149,23 @@ impl Drop for Target {
 /// Binds a process, or this one if `pid` is 0, to one processor.
 ///
 /// # Errors
-/// There is no such processor for it.
+/// The process may not use this processor.
 pub fn pin(pid: Pid, cpu: usize) -> anyhow::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu)?;
     sched_setaffinity(pid, &set).with_context(|| format!("cannot use processor {cpu}"))
 }
 
-/// Two processors, for the server and for the load.
+/// Picks two processors: one for the server, one for the load.
 ///
 /// # Errors
-/// This process may use one only.
+/// This process may use only one.
 pub fn processors() -> anyhow::Result<(usize, usize)> {
     let allowed = nix::sched::sched_getaffinity(Pid::from_raw(0))?;
     let cpus: Vec<usize> =
         (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu).unwrap_or(false)).collect();
-    ensure!(cpus.len() >= 2, "two processors are needed, this process may use {}", cpus.len());
-    // Two threads of one core would be in each other's way. The kernel lists them as 0,4 or 0-1.
+    ensure!(cpus.len() >= 2, "two processors are needed, but this process may use {}", cpus.len());
+    // Two threads of one core would slow each other down. The kernel lists them as 0,4 or 0-1.
     let path = format!("/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list", cpus[0]);
     let siblings = fs::read_to_string(path).unwrap_or_default();
     let is_sibling = |cpu: usize| siblings.trim().split([',', '-']).any(|it| it == cpu.to_string());

@@ -1,4 +1,4 @@
-//! A server of chapter 4 in its steady state allocates nothing.
+//! In steady state, a server of chapter 4 allocates nothing.
 
 // A test fails by a panic.
 #![allow(clippy::unwrap_used)]

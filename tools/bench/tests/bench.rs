@@ -1,4 +1,4 @@
-//! The bench program runs, and keeps what it has measured.
+//! The bench program runs, and stores what it has measured.
 
 // A test fails by a panic.
 #![allow(clippy::unwrap_used)]
@@ -31,7 +31,7 @@ fn every_peer_can_be_measured() {
     assert_eq!((report.accepts.len(), report.idle.len()), (PEERS.len() * 2, PEERS.len()));
     assert!(report.loads.iter().all(|load| load.rate > 0.0 && load.cpu_ns > 0.0));
     assert!(report.accepts.iter().all(|accept| accept.rate > 0.0));
-    // What is printed is made of what is kept.
+    // The printed tables are made from the stored figures.
     let printed = String::from_utf8(output.stdout).unwrap();
     for name in ["cpu", "rate", "latency", "fairness", "accept", "idle"] {
         assert!(printed.contains(&report.table(name).unwrap()), "{name} in {printed}");
@@ -48,10 +48,10 @@ fn the_servers_are_the_chapters_between_the_floor_and_the_peers() {
 }
 
 #[test]
-fn what_cannot_be_measured_is_named() {
-    let output = bench().args(["--servers", "nobody"]).output().unwrap();
+fn invalid_servers_and_scenarios_are_named() {
+    let output = bench().args(["--servers", "no-such-server"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("nobody"), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no-such-server"), "{output:?}");
 
     let output = bench().args(["--scenarios", "1x1"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));

@@ -1,4 +1,4 @@
-//! What is measured beside the chapters does what the chapters do.
+//! The peers do the same as the chapters.
 
 // A test fails by a panic.
 #![allow(clippy::unwrap_used)]
@@ -17,7 +17,7 @@ const PEERS: [&str; 4] = [
     env!("CARGO_BIN_EXE_peer-tokio-codec"),
 ];
 
-/// Data and the end of the stream may come with one event, and more than fits one read.
+/// Data and the end of the stream may arrive in one event, with more bytes than fit one read.
 #[test]
 fn everything_comes_back_after_a_half_close() {
     let (cpu, _) = target::processors().unwrap();

@@ -1,4 +1,4 @@
-//! The tables say what the figures do.
+//! The tables show the right figures.
 
 // A test fails by a panic.
 #![allow(clippy::unwrap_used)]
@@ -38,7 +38,7 @@ fn report() -> Report {
         servers: ["floor", "a", "b"].map(str::to_owned).to_vec(),
         scenarios: ["1x8x65535", "9x1x64", "9x1x64+1x8x65535"].map(str::to_owned).to_vec(),
         loads: vec![
-            // A machine that is slower in every round: the ratio stays.
+            // The machine is slower in every round, but the ratio stays the same.
             load("floor", "1x8x65535", 0, 1000.0, 10.0),
             load("floor", "1x8x65535", 1, 2000.0, 10.0),
             load("floor", "1x8x65535", 2, 4000.0, 10.0),
@@ -128,9 +128,9 @@ fn the_other_tables_have_a_row_for_each_server_measured() {
     assert_table(
         "idle",
         &[
-            "| server | at its start | each of 10 connections | after an echo | after all at once |",
-            "| ------ | -----------: | ---------------------: | ------------: | ----------------: |",
-            "| a      |      1.0 MiB |                  100 B |         101 B |         104,858 B |",
+            "| server | at startup | each of 10 connections | after an echo | after all at once |",
+            "| ------ | ---------: | ---------------------: | ------------: | ----------------: |",
+            "| a      |    1.0 MiB |                  100 B |         101 B |         104,858 B |",
         ],
     );
     assert_table(
@@ -144,7 +144,7 @@ fn the_other_tables_have_a_row_for_each_server_measured() {
 }
 
 #[test]
-fn what_is_kept_can_be_read_again() {
+fn a_stored_report_can_be_read_again() {
     let json = report().to_json().unwrap();
     assert_eq!(Report::from_json(&json).unwrap().to_json().unwrap(), json);
     assert!(Report::from_json("{}").is_err());

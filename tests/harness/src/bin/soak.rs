@@ -169,8 +169,8 @@ fn stop_often(exe: &str, stops: usize) -> usize {
     lost.into_inner()
 }
 
-/// Stops a server while four clients send without waiting for replies. They must receive a prefix of
-/// what they have sent, and then the end of the stream. A reset counts as lost replies.
+/// Stops a server while four clients send without waiting for replies. They must receive a prefix
+/// of what they have sent, and then the end of the stream. A reset counts as lost replies.
 fn stop_once(exe: &str) -> usize {
     let mut server = Server::start(exe);
     let message = match Protocol::of(exe) {

@@ -1,5 +1,5 @@
-//! The floor: what any echo on epoll has to pay. One buffer for all, no state, blocking writes; no
-//! server that could be used.
+//! The floor: the minimum that any echo on epoll costs. One buffer for all connections, no state,
+//! blocking writes: not a usable server.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -14,7 +14,7 @@ fn main() -> anyhow::Result<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     let listener_fd = listener.as_raw_fd() as u64;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, listener_fd))?;
-    // By fd, which is all that the kernel tells.
+    // Indexed by fd, which is what the events carry.
     let mut streams: Vec<Option<TcpStream>> = Vec::new();
     let mut events = vec![EpollEvent::empty(); 1024];
     let mut buf = vec![0; 64 * 1024];
@@ -27,7 +27,7 @@ fn main() -> anyhow::Result<()> {
         for event in &events[..n] {
             if event.data() == listener_fd {
                 let (stream, _) = listener.accept()?;
-                // As chapter 4 and the other peers do.
+                // Like chapter 4 and the other peers.
                 stream.set_nodelay(true)?;
                 let fd = stream.as_raw_fd() as usize;
                 epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, fd as u64))?;
@@ -47,7 +47,7 @@ fn main() -> anyhow::Result<()> {
     }
 }
 
-/// Whether there will be more.
+/// Echoes once. Returns whether the connection is still open.
 fn echo(stream: &mut TcpStream, buf: &mut [u8]) -> bool {
     match stream.read(buf) {
         Ok(0) => false,

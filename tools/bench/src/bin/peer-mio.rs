@@ -1,4 +1,4 @@
-//! An echo on mio: edge-triggered, a buffer for what a socket did not take.
+//! An echo on mio: edge-triggered, with a buffer for what a socket does not take.
 
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
@@ -10,7 +10,7 @@ const LISTENER: Token = Token(0);
 
 struct Conn {
     stream: TcpStream,
-    /// Not written yet.
+    /// Bytes not written yet.
     pending: Vec<u8>,
 }
 
@@ -66,8 +66,8 @@ fn accept(
 }
 
 impl Conn {
-    /// Reads and writes until neither goes any further, and returns whether there will be more.
-    /// With `closed`, the end of the stream has come, too.
+    /// Reads and writes until neither can continue. Returns whether the connection is still open.
+    /// `closed` means that the end of the stream has arrived, too.
     fn serve(&mut self, buf: &mut [u8], closed: bool) -> bool {
         loop {
             match self.flush() {
@@ -87,16 +87,16 @@ impl Conn {
                 Err(_) => return false,
             };
             self.pending.extend_from_slice(&buf[written..n]);
-            // A read that did not fill the buffer has emptied the socket, and what comes later is
-            // an event of its own. So the read that would say so can be saved, as tokio does; but
-            // not where data and the end have come with one event.
+            // A read that does not fill the buffer has emptied the socket, and later data causes a
+            // new event. This saves the read that would return EAGAIN, as in tokio, except when
+            // data and the end of the stream have arrived in one event.
             if n < buf.len() && self.pending.is_empty() && !closed {
                 return true;
             }
         }
     }
 
-    /// Whether nothing is pending any more.
+    /// Writes pending bytes. Returns whether none are left.
     fn flush(&mut self) -> io::Result<bool> {
         while !self.pending.is_empty() {
             match self.stream.write(&self.pending) {

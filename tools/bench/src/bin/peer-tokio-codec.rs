@@ -1,4 +1,4 @@
-//! An echo of chapter 4's messages on tokio, by the codec of tokio-util.
+//! An echo of chapter 4's messages on tokio, with the codec of tokio-util.
 
 use bytes::BytesMut;
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -28,14 +28,14 @@ async fn serve(mut stream: TcpStream) -> std::io::Result<()> {
         .max_frame_length(65_535)
         .new_codec();
     let (reader, writer) = stream.split();
-    // As much as the others read at once. Their default is 8 KiB, less than some messages.
+    // The same read size as the other servers. The default is 8 KiB, less than some messages.
     let mut messages = FramedRead::with_capacity(reader, codec, 64 * 1024);
-    // The frames keep their headers, so that they can go back as they are.
+    // The frames keep their headers, so that they can be sent back unchanged.
     let mut replies: FramedWrite<_, BytesCodec> = FramedWrite::new(writer, BytesCodec::new());
     replies.set_backpressure_boundary(256 * 1024);
     while let Some(message) = messages.next().await {
         replies.feed(message?).await?;
-        // All that is there already goes back in the same write.
+        // Everything that has arrived already is sent back in the same write.
         while let Some(Some(message)) = messages.next().now_or_never() {
             replies.feed(message?).await?;
         }

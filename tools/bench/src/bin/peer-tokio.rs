@@ -1,4 +1,4 @@
-//! An echo on tokio by hand: a task and a buffer for each connection, on one thread.
+//! An echo on plain tokio: a task and a buffer for each connection, on one thread.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};

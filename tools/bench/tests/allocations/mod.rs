@@ -1,5 +1,5 @@
-//! Counts what a server allocates while it serves. The server runs in this process and on a thread
-//! of its own, built from the chapter's own files: the counter sees nothing outside of its process.
+//! Counts the allocations of a server while it serves. The server is built from the chapter's own
+//! files and runs in this process, because the counter sees nothing outside of it.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -35,7 +35,7 @@ impl Write for Log {
     }
 }
 
-/// What makes a server, and what stops it.
+/// How to start and stop a chapter's server.
 pub struct Chapter<S> {
     pub new: fn(&mut EventLoop<S>, &Addr) -> anyhow::Result<S>,
     pub drain: fn(&mut S, &mut EventLoop<S>) -> anyhow::Result<()>,
@@ -49,8 +49,8 @@ pub fn assert_one_client_costs_none<S>(chapter: &Chapter<S>) {
     }
 }
 
-/// How many blocks are in use at a time depends on what arrives together, so that the second time
-/// may need some that the first one did not: but not one more than all connections can hold.
+/// How many blocks are in use at a time depends on which bytes arrive together. So the second run
+/// may need more than the first one, but no more than all connections can hold.
 #[track_caller]
 pub fn assert_many_clients_cost_no_more_than_their_blocks<S>(chapter: &Chapter<S>) {
     let (clients, sizes, rounds) = (20, [0, 100, 4_096, 1, 60_000], 200);
@@ -59,8 +59,8 @@ pub fn assert_many_clients_cost_no_more_than_their_blocks<S>(chapter: &Chapter<S
     assert!(n <= blocks, "{n} allocations during {} messages", clients * 5 * rounds);
 }
 
-/// How often the server allocates during so many rounds of messages of these sizes to each of
-/// `clients` connections, after as many that warm it up.
+/// Counts the server's allocations during `rounds` of messages of these sizes on each of `clients`
+/// connections, after as many rounds to warm up.
 #[track_caller]
 fn count<S>(chapter: &Chapter<S>, clients: usize, sizes: &[usize], rounds: usize) -> u64 {
     let log = Log::default();
@@ -81,7 +81,7 @@ fn count<S>(chapter: &Chapter<S>, clients: usize, sizes: &[usize], rounds: usize
         streams.push(stream);
     }
     let mut allocations = 0;
-    // The first time warms up: the blocks that it takes are there for the second one.
+    // The first run warms up the pool: its blocks are reused in the second run.
     for _ in 0..2 {
         let (stop, stopped) = UnixStream::pair().unwrap();
         let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
@@ -91,7 +91,7 @@ fn count<S>(chapter: &Chapter<S>, clients: usize, sizes: &[usize], rounds: usize
             for _ in 0..rounds {
                 echo(&mut lent, &sizes);
             }
-            // Its end of the stream stops the server.
+            // The end of this stream stops the server.
             drop(stop);
             lent
         });
@@ -107,7 +107,7 @@ fn count<S>(chapter: &Chapter<S>, clients: usize, sizes: &[usize], rounds: usize
     allocations
 }
 
-/// Every client sends a message of each size, all in one piece, and then gets them back.
+/// Every client sends a message of each size, in one piece, and then receives the echo.
 fn echo(streams: &mut [TcpStream], sizes: &[usize]) {
     let mut request = Vec::new();
     for &size in sizes {
