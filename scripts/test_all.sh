@@ -231,9 +231,9 @@ excerpt() {
     head -c 200 "$1" | tr -c ' -~\n' '?' | head -n 8 | indented
 }
 
-# expect_same EXPECTED CAME: two files.
+# expect_same EXPECTED ACTUAL: compares two files.
 expect_same() {
-    cmp -s "$1" "$2" || fail "expected: $(excerpt "$1")" "came: $(excerpt "$2")" "$(cmp "$1" "$2" 2>&1)"
+    cmp -s "$1" "$2" || fail "expected: $(excerpt "$1")" "got: $(excerpt "$2")" "$(cmp "$1" "$2" 2>&1)"
 }
 
 # expect_lines FILE REGEX...: the file has one line per regex, in this order.
@@ -242,10 +242,10 @@ expect_lines() {
     shift
     mapfile -t lines <"$file"
     for regex in "$@"; do
-        [[ ${lines[i]-} =~ $regex ]] || fail "expected in line $((i + 1)): $regex" "came: $(excerpt "$file")"
+        [[ ${lines[i]-} =~ $regex ]] || fail "expected in line $((i + 1)): $regex" "got: $(excerpt "$file")"
         i=$((i + 1))
     done
-    ((${#lines[@]} == $#)) || fail "expected: $# lines" "came: $(excerpt "$file")"
+    ((${#lines[@]} == $#)) || fail "expected: $# lines" "got: $(excerpt "$file")"
 }
 
 # run COMMAND...: saves the output in the files out and err, and the exit code in $code.
@@ -255,7 +255,7 @@ run() {
 }
 
 expect_code() {
-    ((code == $1)) || fail "expected: exit code $1" "came: exit code $code"
+    ((code == $1)) || fail "expected: exit code $1" "got: exit code $code"
 }
 
 # start_server CHAPTER [PORT]: sets $server to its pid and $port to the port in its log.
@@ -277,7 +277,7 @@ has_ended() { ! kill -0 "$1" 2>/dev/null; }
 # stop_server SIGNAL: sends the signal, waits until the server ends, and saves its exit code in $code.
 stop_server() {
     kill -s "$1" "$server"
-    within "$LIMIT" has_ended "$server" || fail "expected: SIG$1 ends the server" 'came: it is still running'
+    within "$LIMIT" has_ended "$server" || fail "expected: SIG$1 ends the server" 'got: it is still running'
     code=0
     wait "$server" || code=$?
 }
@@ -306,7 +306,7 @@ talk_result() {
     case $1 in
         0) ;;
         124) fail "expected: ${nc[*]} ends within $LIMIT s" "received: $(excerpt received)" ;;
-        *) fail "expected: ${nc[*]} ends with code 0" "came: code $1" "received: $(excerpt received)" ;;
+        *) fail "expected: ${nc[*]} ends with code 0" "got: code $1" "received: $(excerpt received)" ;;
     esac
 }
 
@@ -335,7 +335,7 @@ check_help() { # PACKAGE
     expect_code 0
     head -n 2 out >first_lines
     expect_lines first_lines "^Chapter $((10#$number))[:,] " '^Try it: '
-    grep -q -e "--addr" out || fail 'expected: --addr in the help' "came: $(cat out)"
+    grep -q -e "--addr" out || fail 'expected: --addr in the help' "got: $(cat out)"
 }
 
 check_version() { # PACKAGE
@@ -347,7 +347,7 @@ check_version() { # PACKAGE
 check_not_an_address() { # PACKAGE
     run "${binary[$1]}" --addr nonsense
     expect_code 2
-    grep -q nonsense err || fail 'expected: the invalid address on stderr' "came: $(excerpt err)"
+    grep -q nonsense err || fail 'expected: the invalid address on stderr' "got: $(excerpt err)"
 }
 
 program_checks() { # CHAPTER PACKAGE
@@ -371,7 +371,7 @@ check_signal() { # CHAPTER SIGNAL CODE
     use_netcat "${netcats[0]}" stay
     hold
     if [[ $1 == v01 ]]; then
-        within "$LIMIT" test -s held || fail 'expected: a greeting' 'came: nothing'
+        within "$LIMIT" test -s held || fail 'expected: a greeting' 'got: nothing'
     else
         say "$FRAME"
     fi
@@ -454,7 +454,7 @@ check_second_waits() { # CHAPTER NETCAT
     background "$LIMIT" "${nc[@]}" 127.0.0.1 "$port" <sent >received
     second=$!
     if within "$QUIET" test -s received; then
-        fail 'expected: nothing for the second client yet' "came: $(excerpt received)"
+        fail 'expected: nothing for the second client yet' "got: $(excerpt received)"
     fi
     say $'the first again\n'
     kill "$held"
@@ -548,7 +548,7 @@ check_no_server() {
     client hi
     expect_code 1
     expect_lines err "127\.0\.0\.1:$port"
-    [[ ! -s out ]] || fail 'expected: nothing on standard output' "came: $(excerpt out)"
+    [[ ! -s out ]] || fail 'expected: nothing on standard output' "got: $(excerpt out)"
 }
 
 # Bytes 4 to 7 are the length: "text" in little-endian is 1954047348.
@@ -678,7 +678,7 @@ check_another_program() {
     expect_code 0
     [[ -e used ]] || fail 'expected: the command in REACTOR_CMD is run'
     grep -q '^skipped: every_server::shows_every_step_on_request: ' err ||
-        fail 'expected: the name of the skipped test' "came: $(excerpt err)"
+        fail 'expected: the name of the skipped test' "got: $(excerpt err)"
 }
 
 # ---- main ----------------------------------------------------------------------------------------
