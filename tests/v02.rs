@@ -41,7 +41,7 @@ fn echoes_as_it_goes() {
     }
 }
 
-/// The sizes around those of the blocks.
+/// The sizes around those of the pool's blocks.
 #[test]
 fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);

@@ -24,7 +24,7 @@ fn assert_serves(client: &TcpStream) {
     assert_eq!(read_to_end(client), b"");
 }
 
-/// The sizes around those of the blocks. (The C++ v0.3 crashes on 128 to 255 bytes.)
+/// The sizes around those of the pool's blocks. (The C++ v0.3 crashes on 128 to 255 bytes.)
 #[test]
 fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);

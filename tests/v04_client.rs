@@ -260,7 +260,7 @@ fn reads_no_more_lines_than_it_can_send_whatever_the_server_replies() {
     assert!(taken < 16 << 20, "{taken} bytes");
 }
 
-/// Small segments make the client's socket take little at a time, and no reply comes before
+/// Small segments make the client's socket take little at a time, and no reply arrives before
 /// everything has been sent.
 #[test]
 fn what_the_socket_does_not_take_is_sent_later() {

@@ -142,7 +142,7 @@ fn a_peer_that_has_half_closed_gets_the_rest() {
     assert!(reader.join().unwrap() == bytes(MUCH));
 }
 
-/// What the kernel holds by then is still delivered.
+/// What the kernel holds at that time is still delivered.
 #[test]
 fn gives_up_on_a_silent_peer_after_the_fin() {
     let mut setup = Setup::new(|limits| limits.silent = SHORT);
@@ -268,7 +268,7 @@ fn a_stop_serves_until_it_is_quiet() {
         (listener.accept().unwrap().0, peer)
     };
     let mut event_loop = EventLoop::<State>::new().unwrap();
-    // Each timer lets the peer send once more, 30 ms after what came before.
+    // Each timer makes the peer send again, 30 ms after the previous byte.
     let serve: IoCallback<State> = |state, event_loop, token| {
         (&state.ours).read_exact(&mut [0])?;
         state.served += 1;

@@ -38,7 +38,7 @@ impl TcpConn {
         pool: &BufPool,
     ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        // Every write is a complete reply: waiting for more (Nagle) would only delay it.
+        // Replies are complete when written: waiting for more (Nagle) would only delay them.
         stream.set_nodelay(true)?;
         let callbacks = Callbacks {
             read: Some(TcpServer::conn_rd_callback),

@@ -201,7 +201,7 @@ pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
     }
 }
 
-/// The FIN comes while the server cannot write, because the client reads late.
+/// The FIN arrives while the server cannot write, because the client reads late.
 pub fn echoes_stuck_bytes_after_the_fin(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
@@ -301,7 +301,7 @@ pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
     wait_until_idle(&server);
     let grown = server.status("VmRSS") - before;
     assert!(grown < 200 * chapter.midway_kib + 256, "by {grown} KiB");
-    // They may still continue.
+    // They can continue later.
     for client in &clients {
         write(client, &message[half..]);
     }

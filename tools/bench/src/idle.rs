@@ -24,7 +24,7 @@ pub struct Memory {
 /// Connects `count` clients to `target`, which send messages of 64 bytes.
 ///
 /// # Errors
-/// A connection fails, or what comes back is not what was sent.
+/// A connection fails, or a reply differs from its request.
 pub fn run(target: &Target, count: usize) -> anyhow::Result<Memory> {
     let start = target.memory()?;
     let mut streams = Vec::with_capacity(count);
