@@ -536,9 +536,8 @@ fn gives_up_after_the_given_retries() {
 #[test]
 fn on_a_terminal_it_sends_a_greeting_and_then_lines() {
     let (addr, server) = serve(vec![echo]);
-    let nix::pty::OpenptyResult { master, slave } = nix::pty::openpty(None, None).unwrap();
-    let mut process = Process::start(client(addr, &[]).stdin(slave).stdout(Stdio::piped()));
-    let mut keyboard = File::from(master);
+    let (mut keyboard, terminal) = harness::open_terminal();
+    let mut process = Process::start(client(addr, &[]).stdin(terminal).stdout(Stdio::piped()));
     let mut replies = BufReader::new(process.child().stdout.take().unwrap()).lines();
     let mut reply = || replies.next().unwrap().unwrap();
     assert_eq!(reply(), "id=1 len=11 hello lars!");

@@ -13,7 +13,9 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::{LIMIT, Server, connect, run, run_command, wait_until, wait_until_closing};
+use crate::{
+    LIMIT, Server, connect, open_terminal, run, run_command, wait_until, wait_until_closing,
+};
 
 /// One test per promise, for the binary `$exe`. `$works` is a function that checks over a fresh
 /// connection that the server does its job.
@@ -178,8 +180,8 @@ pub fn survives_a_log_that_cannot_be_written(exe: &str, works: Works) {
     let n = unread.0.stderr.take().unwrap().read(&mut log).unwrap();
     assert!(n > 32 << 10, "the pipe was not full: {n} bytes");
 
-    let terminal = nix::pty::openpty(None, None).unwrap();
-    let (_unread, addr) = start(unlimited, terminal.slave.into());
+    let (_screen, terminal) = open_terminal();
+    let (_unread, addr) = start(unlimited, terminal.into());
     for _ in 0..1500 {
         works(&connect(addr));
     }
@@ -191,20 +193,19 @@ pub fn survives_a_log_on_another_users_terminal(exe: &str, works: Works) {
     crate::chapter_only!("it reads the chapter's log");
     const NO_ACCESS: &str = "exec setpriv --bounding-set=-dac_override,-dac_read_search";
     let terminal = || {
-        let terminal = nix::pty::openpty(None, None).unwrap();
-        let slave = File::from(terminal.slave);
-        fchown(&slave, Some(1), None)?;
-        slave.set_permissions(Permissions::from_mode(0o600))?;
-        Ok::<_, io::Error>((File::from(terminal.master), slave))
+        let (screen, terminal) = open_terminal();
+        fchown(&terminal, Some(1), None)?;
+        terminal.set_permissions(Permissions::from_mode(0o600))?;
+        Ok::<_, io::Error>((screen, terminal))
     };
     let may = Command::new("sh").args(["-c", &format!("{NO_ACCESS} true")]).status().unwrap();
-    let (Ok((mut screen, slave)), true) = (terminal(), may.success()) else {
+    let (Ok((mut screen, tty)), true) = (terminal(), may.success()) else {
         eprintln!("not root: the terminal of another user is not tested");
         return;
     };
     let script = format!("{NO_ACCESS} \"$0\" --addr 192.0.2.1:7777");
     let mut command = Command::new("sh");
-    let mut failing = command.args(["-c", &script, exe]).stderr(slave).spawn().unwrap();
+    let mut failing = command.args(["-c", &script, exe]).stderr(tty).spawn().unwrap();
     let (sender, shown) = mpsc::channel();
     thread::spawn(move || {
         let mut line = [0; 200];
@@ -215,8 +216,8 @@ pub fn survives_a_log_on_another_users_terminal(exe: &str, works: Works) {
     assert!(shown.starts_with("error: "), "{shown}");
     assert_eq!(failing.wait().unwrap().code(), Some(1));
 
-    let (_unread, slave) = terminal().unwrap();
-    let (mut server, addr) = start_with_log(exe, NO_ACCESS, slave.into());
+    let (_screen, tty) = terminal().unwrap();
+    let (mut server, addr) = start_with_log(exe, NO_ACCESS, tty.into());
     wait_until("a thread writes the log", || server.log_threads() == 1);
     for _ in 0..1500 {
         works(&connect(addr));

@@ -13,15 +13,19 @@ pub mod every_reactor;
 pub mod every_server;
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
+use nix::pty::{grantpt, posix_openpt, ptsname_r, unlockpt};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal;
 pub use nix::sys::signal::Signal;
@@ -498,6 +502,20 @@ pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
     }
     stream.set_write_timeout(Some(LIMIT)).unwrap();
     sent
+}
+
+/// Opens a new terminal: its screen and keyboard, and the end for a program.
+#[track_caller]
+pub fn open_terminal() -> (File, File) {
+    // openpty(3) would leak both into programs that other tests start at the same time.
+    let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+    let screen = posix_openpt(flags).unwrap();
+    grantpt(&screen).unwrap();
+    unlockpt(&screen).unwrap();
+    let mut options = File::options();
+    let options = options.read(true).write(true).custom_flags(OFlag::O_NOCTTY.bits());
+    let program = options.open(ptsname_r(&screen).unwrap()).unwrap();
+    (File::from(OwnedFd::from(screen)), program)
 }
 
 /// Closes with a reset instead of a FIN, as the kernel does when there is unread input.
