@@ -40,8 +40,8 @@ impl Event {
 pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
     const TITLE: &str = "The trace of the session as a sequence diagram";
     const DESC: &str = "From left to right the client, the kernel, the EventLoop and the callbacks, each with a \
-        line along which time goes down. The arrows are the lines of the trace, in their order. Bars on the \
-        line of the EventLoop are the time that it waits in epoll_wait.";
+        lifeline. Time runs downwards. The arrows are the lines of the trace, in their order. Bars on the \
+        lifeline of the EventLoop mark where it waits in epoll_wait.";
     let events = events(session, bytes);
     ensure!(!events.is_empty(), "there is no trace in it");
     let steps = i32::try_from(events.len()).context("a short trace")?;
@@ -106,7 +106,7 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
             "small mid ",
             WIDTH / 2,
             height - 13,
-            "A client's step is drawn in the wait that it ends, but may have come earlier."
+            "A client's step is drawn in the wait that it ends; it may have come earlier."
         )
     )?;
     Ok(svg)
