@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the book, and serves it on this machine. mdBook is built from its sources where it is missing,
-# for this folder alone; with an origin on the web, each page gets a link to edit it there.
+# Builds the book, and serves it on this machine. If mdBook is missing, builds it from source first, for
+# this folder only. If the repository's origin is on the web, each page gets a link to edit it there.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -14,12 +14,12 @@ usage() {
     cat <<'END'
 Usage: scripts/book.sh [--build | PORT]
 
-Builds the book into docs/book and serves it at http://127.0.0.1:PORT, 3000 if not told otherwise,
-until Ctrl-C. With --build it does not serve.
+Builds the book into docs/book and serves it at http://127.0.0.1:PORT until Ctrl-C. The default PORT
+is 3000. With --build, builds the book and does not serve it.
 END
 }
 
-# The page of the origin where a file can be edited, if the origin is of a kind that has one.
+# The address at which a file can be edited, if the origin is a known host.
 edit_url() {
     local origin
     origin=$(git remote get-url origin 2>/dev/null) || return 0
@@ -35,7 +35,7 @@ edit_url() {
     esac
 }
 
-# What each chapter changed, for its page to include.
+# Writes what each chapter changed, for its page to include.
 write_diffs() {
     local chapter before
     mkdir -p docs/src/diffs
@@ -67,7 +67,7 @@ if [[ -z $mdbook || $("$mdbook" --version) != "mdbook v$VERSION" ]]; then
     mdbook=$TOOLS/bin/mdbook
 fi
 if [[ ! -x $mdbook ]]; then
-    printf 'building mdBook %s, which takes a minute, once\n' "$VERSION" >&2
+    printf 'building mdBook %s, which takes a minute; only the first time\n' "$VERSION" >&2
     # A debug build takes less than half the time, and builds this book in a second.
     cargo install --quiet --locked --debug --root "$TOOLS" --target-dir "$TOOLS/build" \
         --no-default-features --features search --version "$VERSION" mdbook

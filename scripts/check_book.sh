@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Looks at every page of the book in headless Chromium, at the width of a desktop and of a phone, in the
-# light theme and in the dark one: each has to load without an error, with all its pictures as parts of the
-# page, and with nothing that is wider than the page. A page with all of these faults has to be found, too.
+# Checks every page of the book in headless Chromium, at the width of a desktop and of a phone, in the
+# light and the dark theme: it must load without an error, have all its pictures inlined, and contain
+# nothing wider than the page. Also checks that these faults are reported, on a page that has all of them.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -23,7 +23,7 @@ cleanup() {
 trap cleanup EXIT
 
 cp -r docs/book "$scratch/site"
-# The page that looks at the others, and the one with all the faults.
+# The page that checks the others, and the one with all the faults.
 cp scripts/check_book.html "$scratch/site/check.html"
 faults='<img src="gone.svg"><p style="white-space: nowrap">'$(printf 'wide%.0s ' {1..200})
 faults+='</p><script>throw new Error("fault")</script></main>'
@@ -31,7 +31,7 @@ sed "s|</main>|$faults|" docs/book/v01.html > "$scratch/site/faults.html"
 (cd "$scratch/site" && find . -name '*.html' ! -name check.html ! -name print.html ! -name 404.html \
     ! -name 'toc.html' -printf '%P\n' | sort) > "$scratch/site/pages.txt"
 
-# A free port, as the server tells it.
+# On a free port, which the server prints.
 python3 -u -m http.server --bind 127.0.0.1 --directory "$scratch/site" 0 > "$scratch/log" 2>/dev/null &
 server=$!
 port=''
@@ -40,7 +40,7 @@ for ((i = 0; i < 200; i++)); do
     [[ -z $port ]] || break
     sleep 0.05
 done
-[[ -n $port ]] || { echo 'check_book.sh: the server does not start' >&2; exit 1; }
+[[ -n $port ]] || { echo 'check_book.sh: the server has not started' >&2; exit 1; }
 
 flags=(--headless --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --hide-scrollbars "--user-data-dir=$scratch/profile"
@@ -50,22 +50,22 @@ if ((EUID == 0)); then
 fi
 timeout 300 chromium "${flags[@]}" --dump-dom "http://127.0.0.1:$port/check.html" \
     > "$scratch/report.html" 2> "$scratch/chromium.log"
-# One line for each page and fault, and a last one when all is looked at.
+# One line for each fault of a page, and a last line when all pages are checked.
 sed -n '/<pre id="report">/,/<\/pre>/p' "$scratch/report.html" | sed 's/<[^>]*>//g; /^$/d' > "$scratch/report"
 
-if ! grep -q '^looked at ' "$scratch/report"; then
+if ! grep -q '^checked ' "$scratch/report"; then
     echo 'check_book.sh: Chromium did not finish' >&2
     tail -n 5 "$scratch/chromium.log" "$scratch/report" >&2
     exit 1
 fi
-for fault in 'error: Uncaught Error: fault' 'error: .*gone.svg is not inlined' 'error: gone.svg is an image still' \
+for fault in 'error: Uncaught Error: fault' 'error: .*gone.svg is not inlined' 'error: gone.svg is still an image' \
     'no picture' 'wider'; do
     if (($(grep -c "^faults.html.*: $fault" "$scratch/report") != 4)); then
-        printf 'check_book.sh: a fault on purpose has not been found: %s\n' "$fault" >&2
+        printf 'check_book.sh: failed to report an intentional fault: %s\n' "$fault" >&2
         exit 1
     fi
 done
-if grep -v '^faults.html' "$scratch/report" | grep -v '^looked at ' >&2; then
+if grep -v '^faults.html' "$scratch/report" | grep -v '^checked ' >&2; then
     exit 1
 fi
-grep '^looked at ' "$scratch/report"
+grep '^checked ' "$scratch/report"

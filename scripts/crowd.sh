@@ -4,7 +4,7 @@
 # as all but one are in chapter 2.
 set -euo pipefail
 
-usage="usage: scripts/crowd.sh [CLIENTS] [CHAPTER]   (default: 5000 clients, v03)"
+usage="Usage: scripts/crowd.sh [CLIENTS] [CHAPTER]   (default: 5000 clients, v03)"
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     echo "$usage"
     exit 0
@@ -27,7 +27,7 @@ if ! servers | awk '$0 >= "v02"' | grep -qxF -- "$chapter"; then
     exit 2
 fi
 cargo build --quiet --release --locked -p "reactor-$chapter" -p harness
-# The chapter, and no other program.
+# REACTOR_CMD would replace the chapter with another program.
 unset REACTOR_CMD
 target=${CARGO_TARGET_DIR:-target}/release
 "$target/crowd" "$target/reactor-$chapter" "$clients"

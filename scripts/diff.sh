@@ -18,7 +18,7 @@ With --stat, shows how many lines each chapter changed, and how many it has.
 END
 }
 
-# The index of a chapter in the list.
+# Prints the index of a chapter in the list.
 place_of() {
     local n
     for n in "${!CHAPTERS[@]}"; do
@@ -31,7 +31,7 @@ place_of() {
     exit 2
 }
 
-# One row for each step. Other programs than the server, in src/bin, do not count.
+# Prints one row for each step. Programs other than the server, in src/bin, do not count.
 show_stat() {
     local before chapter changed lines
     printf '%-18s  %7s  %5s\n' step changed lines

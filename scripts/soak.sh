@@ -5,7 +5,7 @@
 # lose a reply. Ends with a summary, and fails on any difference.
 set -euo pipefail
 
-usage="usage: scripts/soak.sh [MINUTES] [SEED]   (MINUTES may be a fraction; SEED repeats a run)"
+usage="Usage: scripts/soak.sh [MINUTES] [SEED]   (MINUTES may be a fraction; SEED repeats a run)"
 if [[ ${1:-} == -h || ${1:-} == --help ]]; then
     echo "$usage"
     exit 0
@@ -28,6 +28,6 @@ for chapter in $(servers | awk '$0 >= "v03"'); do
     programs+=("$target/reactor-$chapter")
 done
 cargo build --quiet --release --locked "${packages[@]}" -p harness
-# REACTOR_CMD would replace the chapters by another program.
+# REACTOR_CMD would replace the chapters with another program.
 unset REACTOR_CMD
 "$target/soak" "${programs[@]}" --seconds "$seconds" --seed "$seed" --stops "$stops"
