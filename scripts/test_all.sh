@@ -603,7 +603,7 @@ check_crowd() { # CHAPTER
     code=0
     limited "$CARGO_LIMIT" "$ROOT/scripts/crowd.sh" 200 "$1" >out 2>err || code=$?
     expect_code 0
-    grep -q '^echoed  *200 of 200,' out || fail 'expected: 200 of 200 are served' "came: $(excerpt out)"
+    grep -q '^echoed  *200 of 200,' out || fail 'expected: 200 of 200 are served' "got: $(excerpt out)"
 }
 
 check_soak() { limited "$CARGO_LIMIT" "$ROOT/scripts/soak.sh" 0.17; }
