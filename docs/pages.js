@@ -1,5 +1,5 @@
-// Pictures: each SVG becomes a part of the page, so that the colours of the theme reach it. Where that fails,
-// as in a book that was opened as a file, the image stays; it has colours of its own.
+// Pictures: inlines each SVG, so that the theme's colours apply to it. If that fails, for example in a book that
+// was opened as a file, the image stays and uses its own colours.
 (async () => {
     for (const image of document.querySelectorAll('.content img[src$=".svg"]')) {
         try {
@@ -33,7 +33,7 @@ for (const code of document.querySelectorAll("pre > code.language-console")) {
     let isCommand = false;
     for (const line of lines) {
         const mark = line.match(/^# terminal (\d+)$/);
-        // After a backslash a command goes on in the next line.
+        // After a backslash, a command continues on the next line.
         isCommand = line.startsWith("$ ") || line === "^C" || (isCommand && previous.endsWith("\\"));
         previous = line;
         if (mark || !part) {
