@@ -87,22 +87,26 @@ fn tables(
     Ok(tables)
 }
 
-/// The table of a comment `reading: FILE; FILE` or `reading, at most LINES: FILE; FILE`.
+/// The table of a comment `reading: FILE; FILE (skip at first)` or `reading, at most LINES: FILE`.
 fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String> {
     let mut table =
         "| to read, in this order | lines | what it is |\n| --- | ---: | --- |\n".to_owned();
-    let mut total = 0;
-    for file in files.split("; ") {
+    let (mut total, mut first) = (0, 0);
+    for entry in files.split("; ") {
+        let file = entry.strip_suffix(" (skip at first)").unwrap_or(entry);
+        let note = &entry[file.len()..];
         let (lines, summary) = sources.summary(file)?;
-        table += &format!("| `{file}` | {lines} | {summary} |\n");
+        table += &format!("| `{file}` | {lines} | {summary}{note} |\n");
         total += lines;
+        first += if note.is_empty() { lines } else { 0 };
     }
     if kind != "reading" {
         let limit =
             kind.strip_prefix("reading, at most ").context("not `reading, at most LINES`")?;
         ensure!(total <= limit.parse()?, "{total} lines to read, more than {limit}");
     }
-    Ok(table + &format!("| in all | {total} | |\n"))
+    let note = if first < total { format!("at first {first}") } else { String::new() };
+    Ok(table + &format!("| in all | {total} | {note} |\n"))
 }
 
 /// The tables that are drawn as well, and the pictures that they are drawn in.
