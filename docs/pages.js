@@ -23,7 +23,7 @@
 })();
 
 // Console sessions: commands stand out, and the lines of each terminal have a tint of their own. The lines
-// `# terminal N` are only hidden from sight: a screen reader and the copy button still have them.
+// `# terminal N` are only hidden visually: screen readers and the copy button still get them.
 for (const code of document.querySelectorAll("pre > code.language-console")) {
     const lines = code.textContent.trimEnd().split("\n");
     const session = document.createElement("span");
@@ -50,4 +50,12 @@ for (const code of document.querySelectorAll("pre > code.language-console")) {
         part.append(element);
     }
     code.replaceChildren(session);
+}
+
+// Tables of words: on a narrow screen each cell stands alone, so it needs the title of its column.
+for (const table of document.querySelectorAll(".content table")) {
+    const titles = [...table.querySelectorAll("th")].map(title => title.textContent);
+    if (titles.length < 3) continue;
+    for (const row of table.querySelectorAll("tbody tr"))
+        [...row.cells].forEach((cell, column) => { cell.dataset.title = titles[column]; });
 }

@@ -17,7 +17,7 @@ if [[ $# -gt 2 || ! $clients =~ ^[1-9][0-9]{0,4}$ || $clients -gt 25000 ]]; then
     exit 2
 fi
 
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/chapters.sh
 source scripts/chapters.sh
 # Chapter 1 says hello and closes, so it has no connections to keep.

@@ -18,7 +18,7 @@ seconds=$(awk -v minutes="${1:-2}" 'BEGIN { s = int(minutes * 60 + 0.5); print s
 seed=${2:-$(date +%s)}
 stops=$((seconds < 60 ? 10 : 500))
 
-cd "$(dirname "$0")/.."
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 # shellcheck source=scripts/chapters.sh
 source scripts/chapters.sh
 packages=() programs=()

@@ -90,7 +90,7 @@ fn tables(
 /// The table of a comment `reading: FILE; FILE (skip at first)` or `reading, at most LINES: FILE`.
 fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String> {
     let mut table =
-        "| to read, in this order | lines | what it is |\n| --- | ---: | --- |\n".to_owned();
+        "| to read, in this order | lines | what it is |\n| --- | --- | --- |\n".to_owned();
     let (mut total, mut first) = (0, 0);
     for entry in files.split("; ") {
         let file = entry.strip_suffix(" (skip at first)").unwrap_or(entry);

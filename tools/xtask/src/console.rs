@@ -307,9 +307,11 @@ static PROGRAM: LazyLock<Regex> = LazyLock::new(|| {
 /// The command to run, and whether it starts a server. It runs the programs that are already built,
 /// and the port of the session replaces 7777.
 fn prepare(text: &str, port: Option<u16>, programs: &Path) -> (String, bool) {
-    let mut command = text.to_owned();
+    // First, since the port itself may contain 7777.
+    let text = port.map_or(text.to_owned(), |port| text.replace("7777", &port.to_string()));
+    let mut command = text.clone();
     let mut is_server = false;
-    if let Some(found) = PROGRAM.captures(text) {
+    if let Some(found) = PROGRAM.captures(&text) {
         let package = &found["package"];
         // A chapter's other programs, and chapters with a second hyphen, are clients.
         is_server = found.name("bin").is_none() && package.matches('-').count() == 1;
@@ -323,9 +325,6 @@ fn prepare(text: &str, port: Option<u16>, programs: &Path) -> (String, bool) {
         };
         let run = format!("{}/{program}{addr}{args}", programs.display());
         command = text.replacen(&found[0], &run, 1);
-    }
-    if let Some(port) = port {
-        command = command.replace("7777", &port.to_string());
     }
     (command, is_server)
 }
@@ -500,6 +499,7 @@ mod tests {
         let bin = "cargo run -p reactor-v06 --bin v06-client";
         for (text, port, run, is_server) in [
             (server, None, "RUST_LOG=trace /p/reactor-v03 --addr 127.0.0.1:0", true),
+            (server, Some(37777), "RUST_LOG=trace /p/reactor-v03 --addr 127.0.0.1:37777", true),
             (server, Some(12), "RUST_LOG=trace /p/reactor-v03 --addr 127.0.0.1:12", true),
             (in_shell, None, "(ulimit -n 9; /p/reactor-v01 --addr 127.0.0.1:0); echo", true),
             (

@@ -86,6 +86,8 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
     let mut files = BTreeMap::new();
     for path in workspace.pages() {
         let page = workspace.read(path)?;
+        let is_chapter = page.contains("\n## Exercises\n");
+        ensure!(!is_chapter || page.contains("<!-- reading"), "{path}: no reading list");
         let page = blocks::refresh(&page, &sources, &report).with_context(|| path.to_owned())?;
         for block in pages::blocks(&page) {
             let Some(args) = block.comment_of("sequence") else { continue };
@@ -170,7 +172,8 @@ mod tests {
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
         <!-- figures: cpu, bars.svg -->\n\n<!-- end of figures -->\n\n![b](bars.svg)\n\n\
-        <!-- reading, at most 6: common/src/lib.rs -->\n\n<!-- end of reading -->\n";
+        <!-- reading, at most 6: common/src/lib.rs -->\n\n<!-- end of reading -->\n\n\
+        ## Exercises\n";
 
     const FIGURES: &str = r#"{"rounds": 1, "seconds": 1.0, "servers": ["floor", "peer"],
         "scenarios": ["1x1x64"], "loads": [
@@ -253,6 +256,7 @@ mod tests {
             (page, "<!-- end of reading -->", "", "a table without an end"),
             (page, "<!-- figures: accept -->", "", "end of figures without a start"),
             (page, "end of figures", "end of reading", "end of reading without a start"),
+            (page, "<!-- reading, at most 6: common/src/lib.rs -->", "", "no reading list"),
             (page, "at most 6", "at most 5", "6 lines to read, more than 5"),
             (page, "reading, at most 6", "reading at most 6", "not `reading, at most LINES`"),
             (page, "6: common/src/lib.rs", "6: reactor-v01/src/main.rs", "does not begin with a"),

@@ -5,8 +5,8 @@ use anyhow::{Context, ensure};
 /// For a picture with the id `picture`.
 const STYLE: &str = include_str!("picture.css");
 
-/// The picture with the common style in its style element. It stands in every picture because a picture
-/// has to look right by itself, too.
+/// The picture with the common style in its style element. Each picture has a copy, because it must look
+/// right on its own.
 pub fn with_style(svg: &str) -> anyhow::Result<String> {
     let id = svg.split_once(" id=\"").and_then(|(_, rest)| rest.split_once('"'));
     let (id, _) = id.context("it has no id")?;

@@ -26,7 +26,7 @@ const LINE: i32 = 12;
 enum Event {
     /// A call from one to another, or what comes back. The second line of the text is below the arrow.
     Arrow { from: i32, to: i32, text: String, returns: bool },
-    /// Something that the callbacks find out for themselves.
+    /// Something that the callbacks detect.
     Note(String),
 }
 

@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     if limit < needed {
         let most = limit.saturating_sub(OTHER_FDS);
         eprintln!("{} clients need {needed} open files, but the limit is {limit}.", args.clients);
-        eprintln!("Try {most} clients, or raise the limit as root: ulimit -n {needed}");
+        eprintln!("Raise the limit as root (ulimit -n {needed}), or try at most {most} clients.");
         return ExitCode::FAILURE;
     }
 
