@@ -26,6 +26,8 @@ const LINE: i32 = 12;
 enum Event {
     /// A call from one to another, or what comes back. The second line of the text is below the arrow.
     Arrow { from: i32, to: i32, text: String, returns: bool },
+    /// `epoll_wait` returns, at once if it has waited only for room that was there anyway.
+    Ready { count: String, at_once: bool },
     /// Something that the callbacks detect.
     Note(String),
 }
@@ -41,12 +43,13 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
     const TITLE: &str = "The trace of the session as a sequence diagram";
     const DESC: &str = "From left to right the client, the kernel, the EventLoop and the callbacks, each with a \
         lifeline. Time runs downwards. The arrows are the lines of the trace, in their order. Bars on the \
-        lifeline of the EventLoop mark where it waits in epoll_wait.";
+        lifeline of the EventLoop mark where it is in epoll_wait: it waits there, unless the socket it asks about \
+        has room anyway.";
     let events = events(session, bytes);
     ensure!(!events.is_empty(), "there is no trace in it");
     let steps = i32::try_from(events.len()).context("a short trace")?;
     let lines = events.iter().filter(|event| event.is_of_two_lines()).count();
-    let height = TOP + STEP * steps + LINE * i32::try_from(lines)? + 30;
+    let height = TOP + STEP * steps + LINE * i32::try_from(lines)? + 44;
     let mut svg = picture::start(id, TITLE, DESC, WIDTH, height);
     for (at, name, class) in [
         (CLIENT, "client", "client"),
@@ -59,7 +62,7 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
             "  <path class=\"life\" d=\"M{at} 40V{}\"/>\
              <rect class=\"{class}\" x=\"{}\" y=\"14\" width=\"80\" height=\"26\" rx=\"6\"/>\
              <text class=\"mid\" x=\"{at}\" y=\"31\">{name}</text>",
-            height - 34,
+            height - 48,
             at - 40
         )?;
     }
@@ -71,26 +74,18 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
             Event::Arrow { from, to, text, returns } => {
                 if (*from, *to) == (LOOP, KERNEL) {
                     called = y;
-                } else if (*from, *to) == (KERNEL, LOOP) {
-                    write!(
-                        svg,
-                        "  <rect class=\"loop\" x=\"{}\" y=\"{called}\" width=\"10\" height=\"{}\"/>{}",
-                        LOOP - 5,
-                        y - called,
-                        label("", LOOP + 10, (called + y) / 2 + 4, "waiting in epoll_wait")
-                    )?;
                 }
-                let inset = if from < to { 6 } else { -6 };
-                let class = if *returns { "data" } else { "call" };
-                let (above, below) = text.split_once('\n').unwrap_or((text, ""));
-                let middle = (from + to) / 2;
+                writeln!(svg, "  {}", drawn(*from, *to, y, text, *returns))?;
+            }
+            Event::Ready { count, at_once } => {
+                let wait = if *at_once { "returns at once" } else { "waiting in epoll_wait" };
                 writeln!(
                     svg,
-                    "  <path class=\"{class}\" d=\"M{} {y}H{}\"/>{}{}",
-                    from + inset,
-                    to - inset,
-                    label("mid ", middle, y - 6, above),
-                    label("mid ", middle, y + 15, below)
+                    "  <rect class=\"loop\" x=\"{}\" y=\"{called}\" width=\"10\" height=\"{}\"/>{}{}",
+                    LOOP - 5,
+                    y - called,
+                    label("", LOOP + 10, (called + y) / 2 + 4, wait),
+                    drawn(KERNEL, LOOP, y, count, true)
                 )?;
             }
             Event::Note(text) => {
@@ -101,15 +96,31 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
     }
     writeln!(
         svg,
-        "  {}\n</svg>",
+        "  {}{}\n</svg>",
         label(
             "small mid ",
             WIDTH / 2,
-            height - 13,
-            "A client's step is drawn in the wait that it ends; it may have come earlier."
-        )
+            height - 27,
+            "A client's step is drawn in the wait that reports it;"
+        ),
+        label("small mid ", WIDTH / 2, height - 13, "it may have happened before.")
     )?;
     Ok(svg)
+}
+
+/// An arrow with its text.
+fn drawn(from: i32, to: i32, y: i32, text: &str, returns: bool) -> String {
+    let inset = if from < to { 6 } else { -6 };
+    let class = if returns { "data" } else { "call" };
+    let (above, below) = text.split_once('\n').unwrap_or((text, ""));
+    let middle = (from + to) / 2;
+    format!(
+        "<path class=\"{class}\" d=\"M{} {y}H{}\"/>{}{}",
+        from + inset,
+        to - inset,
+        label("mid ", middle, y - 6, above),
+        label("mid ", middle, y + 15, below)
+    )
 }
 
 /// Text with an outline, since the lines of participants may cross it.
@@ -131,6 +142,9 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
     let mut ready = String::new();
     // Where the last wait returned. What the client did to end it shows in the lines after that.
     let mut woken = 0;
+    // A socket that a callback watches for room without having tried to write, which nearly always has room;
+    // and the one for the current wait.
+    let (mut untried, mut waited_for) = ("", "");
     // How a server starts and stops is not drawn.
     for line in session.lines().take_while(|line| *line != "^C") {
         let Some((_, line)) = line.split_once("TRACE ").or(line.split_once("DEBUG ")) else {
@@ -146,12 +160,20 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
         if let Some(count) = line.strip_prefix("epoll_wait: ") {
             events.push(arrow(LOOP, KERNEL, "epoll_wait", false));
             woken = events.len();
-            events.push(arrow(KERNEL, LOOP, count, true));
+            waited_for = std::mem::take(&mut untried);
+            events.push(Event::Ready { count: count.to_owned(), at_once: false });
         } else if let Some((fd, flags)) = line.split_once(" is ready: ") {
             ready = format!("{fd}, {flags}\n");
+            if let Some(Event::Ready { at_once, .. }) = events.get_mut(woken) {
+                *at_once |= fd == waited_for && flags.ends_with("OUT");
+            }
         } else if line.ends_with("_callback") {
             events.push(arrow(LOOP, CALLBACKS, &(std::mem::take(&mut ready) + line), false));
-        } else if line.starts_with("epoll_ctl") {
+        } else if let Some(what) = line.strip_prefix("epoll_ctl: ") {
+            let has_tried = matches!(events.last(), Some(Event::Arrow { to: CLIENT, .. }));
+            if what.ends_with("OUT") && !has_tried {
+                untried = what.split(", ").next().unwrap_or_default();
+            }
             events.push(arrow(CALLBACKS, KERNEL, line, false));
         } else if let Some(write) = line.strip_prefix("write: ") {
             let count = write.split(' ').next().unwrap_or_default();
@@ -200,27 +222,49 @@ mod tests {
         0.708845785s TRACE read: 0 bytes from fd 8, discarded\n^C\n   \
         0.808845785s TRACE epoll_wait: 1 ready\n";
 
+    fn one_ready(at_once: bool) -> Event {
+        Event::Ready { count: "1 ready".to_owned(), at_once }
+    }
+
     #[test]
     fn a_trace_is_drawn_step_by_step() {
         let expected = [
             arrow(LOOP, KERNEL, "epoll_wait", false),
             arrow(CLIENT, KERNEL, "connects", false),
-            arrow(KERNEL, LOOP, "1 ready", true),
+            one_ready(false),
             arrow(LOOP, CALLBACKS, "fd 7, IN\naccept_callback", false),
             arrow(KERNEL, CALLBACKS, "accept: fd 8", true),
             arrow(LOOP, KERNEL, "epoll_wait", false),
             arrow(CLIENT, KERNEL, "sends 6 bytes\n\"hello\\n\"", false),
-            arrow(KERNEL, LOOP, "1 ready", true),
+            one_ready(false),
             arrow(KERNEL, CALLBACKS, "read: 6 bytes from fd 8", true),
             arrow(CALLBACKS, KERNEL, "write: 6 of 6 bytes to fd 8", false),
             arrow(KERNEL, CLIENT, "gets 6 bytes\n\"hello\\n\"", true),
             arrow(LOOP, KERNEL, "epoll_wait", false),
             arrow(CLIENT, KERNEL, "closes its side\nFIN", false),
-            arrow(KERNEL, LOOP, "1 ready", true),
+            one_ready(false),
             arrow(KERNEL, CALLBACKS, "read: 0 bytes from fd 8", true),
             arrow(KERNEL, CALLBACKS, "read: 0 bytes from fd 8, discarded", true),
         ];
         assert_eq!(events(SESSION, "\"hello\\n\""), expected);
+    }
+
+    #[test]
+    fn a_wait_for_room_that_was_there_returns_at_once() {
+        let waits = |lines: &[&str]| -> Vec<Event> {
+            let session: String = lines.iter().map(|line| format!("TRACE {line}\n")).collect();
+            let is_wait = |event: &Event| matches!(event, Event::Ready { .. });
+            events(&session, "").into_iter().filter(is_wait).collect()
+        };
+        let (wait, swap) = ("epoll_wait: 1 ready", "epoll_ctl: fd 7, IN -> OUT");
+        let (readable, room) = ("fd 8 is ready: IN", "fd 7 is ready: OUT");
+        assert_eq!(waits(&[wait, swap, wait, room]), [one_ready(false), one_ready(true)]);
+        // Another socket was ready first.
+        let events = waits(&[wait, swap, wait, readable, wait, room]);
+        assert_eq!(events, [one_ready(false), one_ready(false), one_ready(false)]);
+        // The socket was full.
+        let events = waits(&[wait, "write: 1 of 2 bytes to fd 7", swap, wait, room]);
+        assert_eq!(events, [one_ready(false), one_ready(false)]);
     }
 
     #[test]
