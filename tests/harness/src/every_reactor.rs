@@ -18,6 +18,10 @@ use crate::{
     read_to_end, reset, wait_until, wait_until_closing, write,
 };
 
+/// A shutdown takes a second at most. Later than this after the signal, on a busy machine, it proves
+/// nothing if a client has been cut off.
+const WITHIN_GRACE: Duration = Duration::from_millis(800);
+
 /// A chapter, as these tests see it.
 #[derive(Clone, Copy)]
 pub struct Chapter {
@@ -633,12 +637,13 @@ pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
         narrow(&client);
         write(&client, &messages);
         wait_until_idle(&server);
+        let signalled = Instant::now();
         server.signal(Signal::SIGTERM);
         wait_until_closing(&client);
         let mut received = vec![0; messages.len()];
         let _ = (&client).write_all(&(chapter.message)(b"one more"));
         let result = (&client).read_exact(&mut received);
-        if server.is_running() {
+        if server.is_running() && signalled.elapsed() < WITHIN_GRACE {
             assert!(result.is_ok() && received == messages, "{result:?}");
             assert_eq!(read_to_end(&client), b"");
             drop(client);
@@ -661,11 +666,12 @@ pub fn a_late_reader_gets_all_replies_from_before_the_stop(chapter: Chapter) {
         narrow(&client);
         let (sent, _) = chapter.stuff(&client);
         let sent = &sent[..sent.len() / len * len];
+        let signalled = Instant::now();
         server.signal(Signal::SIGTERM);
         thread::sleep(Duration::from_millis(100));
         let mut received = vec![0; sent.len()];
         let result = (&client).read_exact(&mut received);
-        if server.is_running() {
+        if server.is_running() && signalled.elapsed() < WITHIN_GRACE {
             assert!(result.is_ok() && received == sent, "{result:?}");
             return;
         }

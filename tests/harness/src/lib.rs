@@ -9,7 +9,10 @@
 // A test that cannot get a socket or a process has failed, so it may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod every_limiter;
+pub mod every_messenger;
 pub mod every_reactor;
+pub mod every_router;
 pub mod every_server;
 
 use std::env;

@@ -6,7 +6,7 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -46,7 +46,13 @@ fn main() -> ExitCode {
     }
 
     let name = args.server.rsplit('/').next().unwrap_or_default();
-    let server = Server::start(&args.server);
+    let mut command = Command::new(&args.server);
+    command.args(["--addr", "127.0.0.1:0"]).env_remove("RUST_LOG");
+    // Chapter 5 and later have a limit of their own.
+    if name >= "reactor-v05" {
+        command.args(["--max-conns", &args.clients.to_string()]);
+    }
+    let server = Server::from(&mut command);
     let (fds, alone) = (server.fds(), server.status("VmRSS"));
 
     let start = Instant::now();

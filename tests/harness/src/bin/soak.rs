@@ -44,7 +44,8 @@ struct Args {
 enum Protocol {
     /// Chapter 3: all bytes come back.
     Bytes,
-    /// Chapter 4: complete messages come back, and a bad one ends the connection.
+    /// From chapter 4 on: complete messages come back, and a bad one ends the connection. Chapter 6
+    /// echoes only those with id 1.
     Messages,
 }
 
@@ -273,7 +274,7 @@ impl Client<'_> {
         };
         match self.protocol {
             Protocol::Bytes => random.bytes(n),
-            Protocol::Messages => frame(random.number() as i32, &random.bytes(n)),
+            Protocol::Messages => frame(1, &random.bytes(n)),
         }
     }
 
