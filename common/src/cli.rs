@@ -125,6 +125,14 @@ pub fn parse_seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a number of seconds, above 0 and up to 86400".to_owned())
 }
 
+/// Like [`parse_seconds`], but 0 is allowed too (since v05).
+///
+/// # Errors
+/// One line that says what is expected.
+pub fn parse_limit(text: &str) -> Result<Duration, String> {
+    if text.parse() == Ok(0.0) { Ok(Duration::ZERO) } else { parse_seconds(text) }
+}
+
 /// Standard output without std's buffer (since v04). A write waits for room even in non-blocking
 /// mode, which another process that shares it may have set.
 pub struct Stdout(File);

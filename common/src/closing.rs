@@ -27,8 +27,8 @@ pub struct CloseLimits {
     pub silent: Duration,
     /// After the FIN: how long a peer may keep sending, 30 s (nginx: lingering_time).
     pub linger: Duration,
-    /// How many connections may be closing at once, 1,024. Any more are dropped as soon as their
-    /// sockets have taken what output they can.
+    /// How many connections may be closing at once, 1,024; those without unsent output only half as
+    /// many. Any more are dropped as soon as their sockets have taken what output they can.
     pub at_once: usize,
 }
 
@@ -75,9 +75,13 @@ impl<S> EventLoop<S> {
     }
 
     fn continue_closing(&mut self, token: Token, mut closing: Closing) -> io::Result<()> {
-        closing.timer.take().inspect(|timer| self.cancel_timer(*timer));
+        let admitted = closing.timer.take().inspect(|timer| self.cancel_timer(*timer)).is_some();
+        let at_once = self.close_limits.at_once;
+        // Peers that are owed nothing more get at most half, so that the others find room.
+        let room =
+            |interest: Interest| if admitted || interest.write { at_once } else { at_once / 2 };
         match closing.proceed(&self.close_limits) {
-            Ok(Some(interest)) if self.closing.len() < self.close_limits.at_once => {
+            Ok(Some(interest)) if self.closing.len() < room(interest) => {
                 self.set_interest(&closing.stream, token, interest)?;
                 let left = closing.deadline.saturating_duration_since(Instant::now());
                 closing.timer = Some(self.run_after(left, token, Self::closing_callback)?);
@@ -85,7 +89,10 @@ impl<S> EventLoop<S> {
                 return Ok(());
             }
             Ok(_) => {}
-            Err(err) => debug!("fd {}: {err}", closing.stream.as_raw_fd()),
+            Err(err) => {
+                debug!("fd {}: {err}", closing.stream.as_raw_fd());
+                self.failed_closes += 1;
+            }
         }
         self.del_io_event(&closing.stream, token)
     }

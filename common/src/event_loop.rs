@@ -132,8 +132,11 @@ pub struct EventLoop<S> {
     free_slots: Vec<u32>,
     timers: BTreeMap<TimerId, (Token, IoCallback<S>)>,
     next_timer: u64,
+    now: Instant,
     running: bool,
     pub(crate) closing: HashMap<Token, Closing>,
+    /// How many connections have failed while they were closing (since v06).
+    pub failed_closes: u64,
     /// The limits for [`close_gracefully`](Self::close_gracefully).
     pub close_limits: CloseLimits,
 }
@@ -151,8 +154,10 @@ impl<S> EventLoop<S> {
             free_slots: Vec::new(),
             timers: BTreeMap::new(),
             next_timer: 0,
+            now: Instant::now(),
             running: false,
             closing: HashMap::new(),
+            failed_closes: 0,
             close_limits: CloseLimits::default(),
         })
     }
@@ -227,6 +232,11 @@ impl<S> EventLoop<S> {
         Ok(())
     }
 
+    /// When this iteration began: the clock is read once for all its events (since v05).
+    pub fn now(&self) -> Instant {
+        self.now
+    }
+
     /// How many fds are registered.
     pub fn registered(&self) -> usize {
         self.slots.len() - self.free_slots.len()
@@ -284,6 +294,7 @@ impl<S> EventLoop<S> {
             Err(Errno::EINTR) => return Ok(0),
             result => result?,
         };
+        self.now = Instant::now();
         trace!("epoll_wait: {n} ready");
         for i in 0..n {
             let event = self.events[i];
@@ -352,10 +363,9 @@ impl<S> EventLoop<S> {
     }
 
     fn run_timers(&mut self, state: &mut S) -> anyhow::Result<()> {
-        // Timers set from here on run in the next iteration: fds come first.
-        let now = Instant::now();
+        // Timers set in this iteration run in the next one: fds come first.
         while let Some(timer) = self.timers.first_entry() {
-            if timer.key().due > now || !self.running {
+            if timer.key().due > self.now || !self.running {
                 break;
             }
             let (token, callback) = timer.remove();

@@ -13,6 +13,11 @@
 //! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop            |
 //! | [`lines`]       | v04   | standard input, line by line, on the event loop                  |
 //! | [`message`]     | v04   | the codec: encodes and decodes TLV frames                        |
+//! | [`limit`]       | v05   | limits on the number of clients, and on the time they take       |
+//! | [`tcp_conn`]    | v05   | `TcpConn`: one connection that carries messages                  |
+//! | [`router`]      | v06   | `MsgRouter`: finds the callback for each kind of message         |
+//! | [`tcp_client`]  | v06   | `TcpClient`: the other end, with the same connection and router  |
+//! | [`hooks`]       | v07   | `Hooks`: callbacks for the start and the end of each connection  |
 
 #![warn(missing_docs)]
 
@@ -31,7 +36,11 @@ pub mod closing;
 #[cfg(target_os = "linux")]
 pub mod event_loop;
 #[cfg(target_os = "linux")]
+pub mod hooks;
+#[cfg(target_os = "linux")]
 pub mod io_buf;
+#[cfg(target_os = "linux")]
+pub mod limit;
 #[cfg(target_os = "linux")]
 pub mod lines;
 #[cfg(target_os = "linux")]
@@ -43,4 +52,10 @@ pub mod net;
 #[cfg(target_os = "linux")]
 pub mod reactor_buf;
 #[cfg(target_os = "linux")]
+pub mod router;
+#[cfg(target_os = "linux")]
 pub mod signal;
+#[cfg(target_os = "linux")]
+pub mod tcp_client;
+#[cfg(target_os = "linux")]
+pub mod tcp_conn;

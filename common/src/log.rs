@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,11 +19,13 @@ use tracing_subscriber::fmt::time::uptime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::cli::Stdout;
+
 /// A pipe that has any room takes this many bytes at once (PIPE_BUF in pipe(7)).
 const PIPE_BUF: usize = 4096;
 
-/// How many lines may queue for the thread of [`Log::Thread`]; any more are dropped.
-const MAX_LINES: usize = 1024;
+/// How many bytes may queue for the thread of a [`Writer`]; lines beyond that are dropped.
+const MAX_QUEUED: usize = 1 << 20;
 
 /// How long the process may wait at its end for queued lines to be written.
 const LAST_LINES: Duration = Duration::from_millis(100);
@@ -79,7 +81,7 @@ impl Log {
             Ok(own) => Ok(Self::Direct(own)),
             // Another user's terminal. poll(2) reports room for as little as 1 byte, and write(2)
             // then blocks for the rest of the line; a pipe with room takes PIPE_BUF bytes.
-            Err(_) if kind.is_char_device() => Ok(Self::Thread(Writer::start(stderr)?)),
+            Err(_) if kind.is_char_device() => Ok(Self::Thread(Writer::start("log", stderr)?)),
             Err(_) => Ok(Self::Direct(stderr)),
         }
     }
@@ -102,31 +104,38 @@ impl Log {
 
     /// Waits until all lines are written, for at most 100 ms. Call it before the process ends.
     pub fn finish(&self) {
-        let Self::Thread(writer) = self else { return };
-        let start = Instant::now();
-        while writer.unwritten.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_LINES {
-            thread::sleep(Duration::from_millis(1));
+        if let Self::Thread(writer) = self {
+            writer.finish();
         }
     }
 }
 
-/// The queue of the thread of [`Log::Thread`] (since v01).
+/// Lines for a thread to write, which may block (since v01). They are written whole, or dropped if
+/// the thread is a mebibyte behind.
 pub struct Writer {
-    lines: SyncSender<Vec<u8>>,
+    lines: Sender<Vec<u8>>,
     unwritten: Arc<AtomicUsize>,
 }
 
 impl Writer {
-    fn start(mut stderr: File) -> io::Result<Self> {
-        let (lines, receiver) = mpsc::sync_channel::<Vec<u8>>(MAX_LINES);
+    /// Writes to standard output (since v06).
+    ///
+    /// # Errors
+    /// Any fcntl(2) error, typically EBADF: standard output is closed; the thread cannot be started.
+    pub fn stdout() -> io::Result<Self> {
+        Self::start("stdout", Stdout::new()?)
+    }
+
+    fn start(name: &str, mut file: impl Write + Send + 'static) -> io::Result<Self> {
+        let (lines, receiver) = mpsc::channel::<Vec<u8>>();
         let unwritten = Arc::new(AtomicUsize::new(0));
         let counter = Arc::clone(&unwritten);
         // The thread inherits the mask: it must take no signal, as it may never get to act on it.
         let mask = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        let thread = thread::Builder::new().name("log".to_owned()).spawn(move || {
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
             for line in receiver {
-                let _ = stderr.write_all(&line);
-                counter.fetch_sub(1, Ordering::Release);
+                let _ = file.write_all(&line);
+                counter.fetch_sub(line.len(), Ordering::Release);
             }
         });
         mask.thread_set_mask()?;
@@ -134,11 +143,27 @@ impl Writer {
         Ok(Self { lines, unwritten })
     }
 
-    fn put(&self, line: &[u8]) {
-        self.unwritten.fetch_add(1, Ordering::Relaxed);
-        if self.lines.try_send(line.to_vec()).is_err() {
-            self.unwritten.fetch_sub(1, Ordering::Relaxed);
+    /// Queues a whole line, or drops it.
+    pub fn put(&self, line: &[u8]) {
+        if self.unwritten.load(Ordering::Relaxed) + line.len() <= MAX_QUEUED {
+            self.unwritten.fetch_add(line.len(), Ordering::Relaxed);
+            // The thread lives as long as this does.
+            let _ = self.lines.send(line.to_vec());
         }
+    }
+
+    fn finish(&self) {
+        let start = Instant::now();
+        while self.unwritten.load(Ordering::Acquire) > 0 && start.elapsed() < LAST_LINES {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl Drop for Writer {
+    /// Waits until all lines are written, for at most 100 ms.
+    fn drop(&mut self) {
+        self.finish();
     }
 }
 

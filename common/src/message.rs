@@ -74,6 +74,14 @@ pub fn decode(bytes: &[u8]) -> Result<Option<Message<'_>>, BadLength> {
     Ok(rest.get(..length).map(|payload| Message { id, payload }))
 }
 
+/// Parses an option's text that is to be a payload (since v07).
+///
+/// # Errors
+/// One line that says how long it may be.
+pub fn parse_payload(text: &str) -> Result<String, String> {
+    encode_header(0, text.len()).map(|_| text.to_owned()).map_err(|err| err.to_string())
+}
+
 /// Returns the header of a message with `length` bytes of payload (since v04).
 ///
 /// # Errors
