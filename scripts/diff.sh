@@ -31,14 +31,48 @@ place_of() {
     exit 2
 }
 
-# Prints one row for each step. Programs other than the server, in src/bin, do not count.
+# is_new FILE CHAPTER...: whether one of these chapters has brought the file into common.
+is_new() {
+    local file=common/src/$1 chapter
+    shift
+    [[ -e $file ]] || return 1
+    for chapter in "$@"; do
+        ! grep -q "^//!.*(since $chapter)" "$file" || return 0
+    done
+    return 1
+}
+
+# sources FROM TO: the names of the files that either chapter has, below src.
+sources() {
+    (cd "reactor-$1/src" && find . -name '*.rs') >"$scratch"
+    (cd "reactor-$2/src" && find . -name '*.rs') >>"$scratch"
+    sed 's,^\./,,' "$scratch" | LC_ALL=C sort -u
+}
+
+# moved FROM TO CHAPTER...: those that have moved from FROM to common meanwhile.
+moved() {
+    local from=$1 to=$2 file
+    shift 2
+    for file in $(sources "$from" "$to"); do
+        if [[ ! -e reactor-$to/src/$file ]] && is_new "$file" "$@"; then
+            printf '%s\n' "$file"
+        fi
+    done
+}
+
+# Prints one row for each step. Programs other than the server, in src/bin, do not count, and neither do
+# files that have moved to common.
 show_stat() {
-    local before chapter changed lines
+    local before chapter changed lines file exclude
     printf '%-18s  %7s  %5s\n' step changed lines
     for chapter in "${CHAPTERS[@]}"; do
         before=$(predecessor "$chapter")
         [[ -n $before ]] || continue
-        changed=$(diff -ruN -x bin "reactor-$before/src" "reactor-$chapter/src" |
+        exclude=(-x bin)
+        for file in $(moved "$before" "$chapter" "$chapter"); do
+            exclude+=(-x "$file")
+        done
+        changed=$(diff -ruN "${exclude[@]}" "reactor-$before/src" "reactor-$chapter/src" |
             awk '/^[-+]/ && !/^(\+\+\+|---)/ { n++ } END { print n + 0 }') || true
         lines=$(find "reactor-$chapter/src" -name bin -prune -o -name '*.rs' -exec cat {} + | wc -l)
         printf '%-18s  %7d  %5d\n' "$before -> $chapter" "$changed" "$lines"
@@ -48,6 +82,8 @@ show_stat() {
 case ${1-} in
     -h | --help) usage && exit ;;
 esac
+scratch=$(mktemp)
+trap 'rm -f "$scratch"' EXIT
 if [[ $# == 1 && $1 == --stat ]]; then
     show_stat
     exit
@@ -74,11 +110,22 @@ compare() {
 }
 
 show() {
-    compare "reactor-$1/src" "reactor-$2/src"
-    local chapter file
-    for chapter in "${CHAPTERS[@]:from + 1:to - from}"; do
+    local chapter file before after new=("${CHAPTERS[@]:from + 1:to - from}")
+    for file in $(sources "$1" "$2"); do
+        before=reactor-$1/src/$file after=reactor-$2/src/$file
+        [[ -e $before ]] || before=/dev/null
+        if [[ ! -e $after ]]; then
+            after=/dev/null
+            # A file that has moved to common is compared with what became of it there.
+            if is_new "$file" "${new[@]}"; then
+                after=common/src/$file
+            fi
+        fi
+        compare "$before" "$after"
+    done
+    for chapter in "${new[@]}"; do
         for file in common/src/*.rs; do
-            if grep -q "^//!.*(since $chapter)" "$file"; then
+            if is_new "${file##*/}" "$chapter" && [[ ! -e reactor-$1/src/${file##*/} ]]; then
                 compare /dev/null "$file"
             fi
         done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the chapters, runs their tests, and then tries each one from outside, as a learner would:
-# with every netcat that is installed, with the client of chapter 4, with Ctrl-C and with mistakes.
+# with every netcat that is installed, with the course's clients, with Ctrl-C and with mistakes.
 #
 # Each check has a subshell, a directory and a server on a free port of its own. Anything slow runs in
 # the background under `wait`: there bash runs a trap at once, but during a foreground command only
@@ -258,9 +258,9 @@ expect_code() {
     ((code == $1)) || fail "expected: exit code $1" "got: exit code $code"
 }
 
-# start_server CHAPTER [PORT]: sets $server to its pid and $port to the port in its log.
+# start_server CHAPTER [PORT [OPTION...]]: sets $server to its pid and $port to the port in its log.
 start_server() {
-    "${binary[reactor-$1]}" --addr "127.0.0.1:${2-0}" </dev/null 2>server.log &
+    "${binary[reactor-$1]}" --addr "127.0.0.1:${2-0}" "${@:3}" </dev/null >server.out 2>server.log &
     server=$!
     within "$LIMIT" server_has_begun || true
     [[ -n $port ]] || fail "expected: 'listening on 127.0.0.1:PORT' on stderr of reactor-$1"
@@ -508,14 +508,14 @@ expect_replies() {
     expect_same expected err
 }
 
-check_message() { # [CHAPTER]
-    start_server "${1-v04}"
+check_message() { # CHAPTER
+    start_server "$1"
     client 'hello lars!'
     expect_replies 'id=1 len=11 hello lars!'
 }
 
-check_messages() {
-    start_server v04
+check_messages() { # CHAPTER
+    start_server "$1"
     client one 'two words' three
     expect_replies 'id=1 len=3 one' 'id=1 len=9 two words' 'id=1 len=5 three'
 }
@@ -526,15 +526,15 @@ check_negative_id() {
     expect_replies 'id=-7 len=2 hi'
 }
 
-check_lines() {
-    start_server v04
+check_lines() { # CHAPTER
+    start_server "$1"
     printf 'a line\nanother\n' >lines
     client <lines
     expect_replies 'id=1 len=6 a line' 'id=1 len=7 another'
 }
 
-check_many_lines() {
-    start_server v04
+check_many_lines() { # CHAPTER
+    start_server "$1"
     seq 10000 >lines
     client <lines
     awk '{ printf "id=1 len=%d %s\n", length($0), $0 }' lines >expected
@@ -542,10 +542,10 @@ check_many_lines() {
     expect_same expected out
 }
 
-check_no_server() {
-    start_server v04
+check_no_server() { # CHAPTER CLIENT
+    start_server "$1"
     stop_server TERM
-    client hi
+    run "${binary[$2]}" --addr "127.0.0.1:$port"
     expect_code 1
     expect_lines err "127\.0\.0\.1:$port"
     [[ ! -s out ]] || fail 'expected: nothing on standard output' "got: $(excerpt out)"
@@ -571,30 +571,167 @@ chapter_v04() {
     local name
     server_checks v04
     program_checks v04 reactor-v04-client
-    check v04 'client: one message' check_message
-    check v04 'client: several messages' check_messages
+    message_checks v04
     check v04 'client: --id -7' check_negative_id
-    check v04 'client: lines of standard input' check_lines
-    check v04 'client: 10,000 lines' check_many_lines
-    check v04 'client: no server: exit code 1' check_no_server
+    check v04 'client: no server: exit code 1' check_no_server v04 reactor-v04-client
+}
+
+# With the client of chapter 4.
+message_checks() { # CHAPTER
+    local name
+    check "$1" 'client: one message' check_message "$1"
+    check "$1" 'client: several messages' check_messages "$1"
+    check "$1" 'client: lines of standard input' check_lines "$1"
+    check "$1" 'client: 10,000 lines' check_many_lines "$1"
     for name in "${netcats[@]}"; do
-        check v04 "$name: raw text is refused" check_raw_text v04 "$name"
+        check "$1" "$name: raw text is refused" check_raw_text "$1" "$name"
     done
+}
+
+# ---- Chapter 5 -----------------------------------------------------------------------------------
+
+check_full() { # CHAPTER NETCAT
+    start_server "$1" 0 --max-conns 1
+    use_netcat "$2" stay
+    hold
+    say "$FRAME"
+    client 'hello lars!'
+    expect_replies 'id=-1 len=14 server is full'
+    # The client that has the place is still served.
+    say "$FRAME"
+    # Its end frees the place.
+    kill "$held"
+    within "$LIMIT" is_served || fail 'expected: a free place' "got: $(excerpt out)" "$(excerpt err)"
+}
+
+is_served() {
+    client 'hello lars!'
+    ((code == 0)) && grep -qxF 'id=1 len=11 hello lars!' out
+}
+
+check_wait() { # CHAPTER NETCAT
+    local second
+    start_server "$1" 0 --max-conns 1 --when-full wait
+    use_netcat "$2" stay
+    hold
+    say "$FRAME"
+    background "$LIMIT" "${binary[reactor-v04-client]}" --addr "127.0.0.1:$port" hello >out 2>err
+    second=$!
+    sleep "$QUIET"
+    [[ ! -s out ]] || fail 'expected: nothing for the second client yet' "got: $(excerpt out)"
+    kill "$held"
+    code=0
+    wait "$second" || code=$?
+    expect_replies 'id=1 len=5 hello'
+}
+
+check_idle() { # CHAPTER NETCAT
+    start_server "$1" 0 --idle-timeout "$QUIET"
+    # The server must close first.
+    use_netcat "$2" stay
+    printf '%b' "$FRAME" >sent
+    talk
+    expect_same sent received
+    within "$LIMIT" grep -q ' idle connections closed: 1$' server.log ||
+        fail 'expected: the server logs that it has closed a connection'
+}
+
+check_half_message() { # CHAPTER NETCAT
+    start_server "$1" 0 --frame-timeout "$QUIET"
+    use_netcat "$2" stay
+    # The server must close first.
+    printf '%b' "$FRAME${FRAME:0:20}" >sent
+    printf '%b' "$FRAME" >expected
+    talk
+    expect_same expected received
+    grep WARN server.log >warnings
+    expect_lines warnings ": closed: message incomplete after ${QUIET}s"
+}
+
+limit_checks() { # CHAPTER
+    local name
+    for name in "${netcats[@]}"; do
+        check "$1" "$name: a full server says so to the next client" check_full "$1" "$name"
+        check "$1" "$name: --when-full wait: the next client waits" check_wait "$1" "$name"
+        check "$1" "$name: --idle-timeout closes an idle connection" check_idle "$1" "$name"
+        check "$1" "$name: --frame-timeout ends half a message" check_half_message "$1" "$name"
+    done
+}
+
+chapter_v05() {
+    server_checks v05
+    message_checks v05
+    limit_checks v05
+}
+
+# ---- Chapter 6 -----------------------------------------------------------------------------------
+
+# The messages with this id are printed, not answered; without a reply the client gives up.
+check_printed() { # CHAPTER
+    start_server "$1"
+    client --id 2 --timeout "$QUIET" 'hello lars!' $'two\nlines'
+    expect_code 1
+    within "$LIMIT" test -s server.out || fail 'expected: the messages on standard output of the server'
+    expect_lines server.out '^id=2 len=11 hello lars!$' '^id=2 len=9 two\\nlines$'
+}
+
+check_skipped() { # CHAPTER
+    start_server "$1"
+    client --id 77 --timeout "$QUIET" one two three
+    expect_code 1
+    within "$LIMIT" grep -q 'messages skipped: 3$' server.log || fail 'expected: 3 messages skipped'
+    grep WARN server.log >warnings
+    expect_lines warnings 'no callback for message id 77'
+}
+
+# The client of the chapter, not of chapter 4.
+check_own_client() { # CHAPTER LINE... of its output; options of the server in $options
+    start_server "$1" 0 "${options[@]}"
+    run "${binary[reactor-$1-client]}" --addr "127.0.0.1:$port"
+    expect_replies "${@:2}"
+    within "$LIMIT" test -s server.out || fail 'expected: a message on standard output of the server'
+    expect_lines server.out '^id=2 len=11 hello lars!$'
+}
+
+router_checks() { # CHAPTER LINE... of the output of its client
+    local options=()
+    program_checks "$1" "reactor-$1-client"
+    check "$1" "its client: a message and back, then printed" check_own_client "$@"
+    check "$1" 'its client: no server: exit code 1' check_no_server "$1" "reactor-$1-client"
+    check "$1" 'client: --id 2 is printed by the server' check_printed "$1"
+    check "$1" 'client: --id 77 is skipped' check_skipped "$1"
+}
+
+chapter_v06() {
+    server_checks v06
+    message_checks v06
+    limit_checks v06
+    router_checks v06 'id=1 len=11 hello lars!'
+}
+
+# ---- Chapter 7 -----------------------------------------------------------------------------------
+
+chapter_v07() {
+    local options
+    server_checks v07
+    message_checks v07
+    limit_checks v07
+    router_checks v07 'id=1 len=11 hello lars!' goodbye
+    options=(--welcome 'good day')
+    check v07 'its client: --welcome greets it' check_own_client v07 \
+        'id=101 len=8 good day' 'id=1 len=11 hello lars!' goodbye
 }
 
 # ---- Later chapters without checks of their own --------------------------------------------------
 
-# They all use the messages of chapter 4.
+# They do all that chapter 5 does, for messages with id 1.
 later_chapter() { # CHAPTER
-    local name package
     server_checks "$1"
-    for package in $(packages_of "$1" | grep "$1-"); do
-        program_checks "$1" "$package"
-    done
-    check "$1" 'the client of chapter 4: one message' check_message "$1"
-    for name in "${netcats[@]}"; do
-        check "$1" "$name: raw text is refused" check_raw_text "$1" "$name"
-    done
+    if [[ -n ${binary[reactor-$1-client]-} ]]; then
+        program_checks "$1" "reactor-$1-client"
+    fi
+    message_checks "$1"
+    limit_checks "$1"
 }
 
 # ---- Many clients, from chapter 3 on -------------------------------------------------------------

@@ -43,8 +43,14 @@ impl Server {
         self.echoes() && self.name != "reactor-v02"
     }
 
+    /// Chapter 5 and later limit the number of clients, which no peer does.
     fn args(&self) -> &[&str] {
-        if self.name.starts_with("reactor-") { &["--addr", "127.0.0.1:0"] } else { &[] }
+        const ARGS: [&str; 4] = ["--addr", "127.0.0.1:0", "--max-conns", "1000000"];
+        match self.name.strip_prefix("reactor-") {
+            None => &[],
+            Some(chapter) if chapter < "v05" => &ARGS[..2],
+            Some(_) => &ARGS,
+        }
     }
 
     /// The command that runs it on a free port.
