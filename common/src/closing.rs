@@ -88,7 +88,7 @@ impl<S> EventLoop<S> {
                 self.closing.insert(token, closing);
                 return Ok(());
             }
-            Ok(_) => {}
+            Ok(_) => self.failed_closes += u64::from(!closing.output.is_empty()),
             Err(err) => {
                 debug!("fd {}: {err}", closing.stream.as_raw_fd());
                 self.failed_closes += 1;

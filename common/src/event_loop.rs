@@ -135,7 +135,7 @@ pub struct EventLoop<S> {
     now: Instant,
     running: bool,
     pub(crate) closing: HashMap<Token, Closing>,
-    /// How many connections have failed while they were closing (since v06).
+    /// How many connections have failed, or lost output, while they were closing (since v06).
     pub failed_closes: u64,
     /// The limits for [`close_gracefully`](Self::close_gracefully).
     pub close_limits: CloseLimits,

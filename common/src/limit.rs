@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use crate::buf_pool::BufPool;
 use crate::cli;
-use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
+use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
 use crate::tcp_conn::TcpConn;
 
 /// What a refused client reads: one message with this id and payload (since v05).
@@ -89,11 +89,52 @@ impl Timeouts {
 
     /// When to check `conn` next, if a timeout applies to it: after a quarter of that timeout, but no
     /// sooner than a second from now.
-    pub fn next_check(&self, conn: &TcpConn) -> Option<Duration> {
+    fn next_check(&self, conn: &TcpConn) -> Option<Duration> {
         let idle = Some(self.idle_timeout).filter(|timeout| !timeout.is_zero());
         let timeouts = [idle, conn.incomplete_since().map(|_| self.frame_timeout)];
         let shorter = timeouts.into_iter().flatten().min()?;
         Some((shorter / 4).max(Duration::from_secs(1)))
+    }
+}
+
+/// The one timer that checks the [`Timeouts`] of all connections of a loop (since v05). With a timer
+/// for each connection, every message would have to move one.
+pub struct Sweep {
+    timeouts: Timeouts,
+    /// When the next check is due.
+    timer: Option<(Instant, TimerId)>,
+}
+
+impl Sweep {
+    /// Creates a sweep without a timer: [`watch`](Self::watch) sets it.
+    pub fn new(timeouts: Timeouts) -> Self {
+        Self { timeouts, timer: None }
+    }
+
+    /// If a timeout applies to `conn`, makes sure that `callback` is called in time to check it. Call
+    /// it whenever `conn` has read or written, and after each check.
+    ///
+    /// # Errors
+    /// As [`EventLoop::run_after`].
+    pub fn watch<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        conn: &TcpConn,
+        callback: IoCallback<S>,
+    ) -> io::Result<()> {
+        let Some(delay) = self.timeouts.next_check(conn) else { return Ok(()) };
+        let due = event_loop.now() + delay;
+        if self.timer.is_none_or(|(earlier, _)| due < earlier) {
+            self.timer.take().inspect(|(_, timer)| event_loop.cancel_timer(*timer));
+            self.timer = Some((due, event_loop.run_after(delay, Token::default(), callback)?));
+        }
+        Ok(())
+    }
+
+    /// The callback has been called. Returns the timeouts to [`check`](Timeouts::check).
+    pub fn start(&mut self) -> Timeouts {
+        self.timer = None;
+        self.timeouts
     }
 }
 

@@ -27,6 +27,7 @@ pub type MsgCallback =
 /// Maps the id of a message to its callback (since v06).
 pub struct MsgRouter<F: ?Sized = MsgCallback> {
     callbacks: HashMap<i32, Box<F>>,
+    default: Option<Box<F>>,
 }
 
 impl<F: ?Sized> MsgRouter<F> {
@@ -40,15 +41,20 @@ impl<F: ?Sized> MsgRouter<F> {
         Ok(())
     }
 
+    /// Sets the callback for all messages whose id has none of its own (since v07).
+    pub fn set_default(&mut self, callback: Box<F>) {
+        self.default = Some(callback);
+    }
+
     /// The callback for messages with this id.
     pub fn get(&self, id: i32) -> Option<&F> {
-        self.callbacks.get(&id).map(Box::as_ref)
+        self.callbacks.get(&id).or(self.default.as_ref()).map(Box::as_ref)
     }
 }
 
 impl<F: ?Sized> Default for MsgRouter<F> {
     fn default() -> Self {
-        Self { callbacks: HashMap::new() }
+        Self { callbacks: HashMap::new(), default: None }
     }
 }
 

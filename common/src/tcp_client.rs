@@ -171,8 +171,8 @@ impl TcpClient {
 }
 
 fn call(router: &MsgRouter, conn: &mut TcpConn, payload: &[u8], id: i32) -> Result<()> {
+    ensure!((id, payload) != FULL, "the server is full");
     let Some(callback) = router.get(id) else {
-        ensure!((id, payload) != FULL, "the server is full");
         debug!("{}: no callback for message id {id}", conn.peer);
         return Ok(());
     };

@@ -3,12 +3,11 @@
 use std::collections::HashMap;
 use std::net::{SocketAddr, TcpStream};
 use std::ops::ControlFlow;
-use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use common::buf_pool::BufPool;
-use common::event_loop::{Callbacks, EventLoop, TimerId, Token};
-use common::limit::{Permit, TimeUp, Timeouts};
+use common::event_loop::{Callbacks, EventLoop, Token};
+use common::limit::{Permit, Sweep, TimeUp, Timeouts};
 use common::router::MsgRouter;
 use common::tcp_conn::{Progress, TcpConn};
 use tracing::{debug, info, trace, warn};
@@ -27,10 +26,8 @@ pub struct Service {
 /// All connections of one loop, and the pool for their buffers.
 pub struct Conns {
     pub pool: BufPool,
-    timeouts: Timeouts,
+    sweep: Sweep,
     service: Service,
-    /// When the timeouts are checked next.
-    timer: Option<(Instant, TimerId)>,
     /// Boxed, because a hash map has empty slots, each the size of an entry.
     clients: HashMap<Token, Box<Client>>,
 }
@@ -43,7 +40,7 @@ struct Client {
 
 impl Conns {
     pub fn new(pool: BufPool, timeouts: Timeouts, service: Service) -> Self {
-        Self { pool, timeouts, service, timer: None, clients: HashMap::new() }
+        Self { pool, sweep: Sweep::new(timeouts), service, clients: HashMap::new() }
     }
 
     /// Step 3: registers the connection, for reading at first.
@@ -71,42 +68,28 @@ impl Conns {
     ) -> Result<()> {
         let Some(mut client) = self.clients.remove(&token) else { return Ok(()) };
         match handler(&mut client.conn, event_loop, &self.service) {
-            Ok(ControlFlow::Continue(())) => self.keep(event_loop, client)?,
+            Ok(ControlFlow::Continue(())) => self.keep(event_loop, client),
             Ok(ControlFlow::Break(why)) => {
                 why.inspect(|err| warn!("{}: {err:#}", client.conn.peer));
-                client.close(event_loop)?;
+                client.close(event_loop)
             }
             Err(err) => {
                 info!("{}: dropped: {err}", client.conn.peer);
                 client.end();
-                event_loop.del_io_event(&client.conn.stream, token)?;
+                Ok(event_loop.del_io_event(&client.conn.stream, token)?)
             }
         }
-        Ok(())
     }
 
     fn keep(&mut self, event_loop: &mut Loop, client: Box<Client>) -> Result<()> {
-        let next_check = self.timeouts.next_check(&client.conn);
+        self.sweep.watch(event_loop, &client.conn, timer_callback)?;
         self.clients.insert(client.conn.token, client);
-        self.set_timer(event_loop, next_check)
-    }
-
-    /// One timer for all connections: with one each, every message would have to move a timer.
-    fn set_timer(&mut self, event_loop: &mut Loop, delay: Option<Duration>) -> Result<()> {
-        let Some(delay) = delay else { return Ok(()) };
-        let due = event_loop.now() + delay;
-        if self.timer.is_none_or(|(earlier, _)| due < earlier) {
-            self.timer.take().inspect(|(_, timer)| event_loop.cancel_timer(*timer));
-            self.timer =
-                Some((due, event_loop.run_after(delay, Token::default(), timer_callback)?));
-        }
         Ok(())
     }
 
     /// Closes the connections that have exceeded a timeout.
     fn check_times(&mut self, event_loop: &mut Loop) -> Result<()> {
-        self.timer = None;
-        let (timeouts, now, mut idle) = (self.timeouts, event_loop.now(), 0);
+        let (timeouts, now, mut idle) = (self.sweep.start(), event_loop.now(), 0);
         let time_up = |_: &Token, client: &mut Box<Client>| {
             let time_up = timeouts.check(&client.conn, now);
             idle += u64::from(time_up == Some(TimeUp::Idle));
@@ -118,9 +101,8 @@ impl Conns {
         if idle > 0 {
             info!("idle connections closed: {idle}");
         }
-        let next =
-            self.clients.values().filter_map(|client| timeouts.next_check(&client.conn)).min();
-        self.set_timer(event_loop, next)
+        let mut left = self.clients.values();
+        left.try_for_each(|it| Ok(self.sweep.watch(event_loop, &it.conn, timer_callback)?))
     }
 
     /// Closes all connections.

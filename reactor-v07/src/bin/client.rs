@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
         let mut router = MsgRouter::new();
         router.add_msg_router(1, Box::new(reply_busi))?;
-        router.add_msg_router(101, Box::new(print_busi))?;
+        router.set_default(Box::new(print_busi));
         let mut client = TcpClient::new(&mut event_loop, args.addr, router)?;
         client.hooks.set_conn_start(Box::new(|conn| conn.send_message(b"hello lars!", 1)));
         client.hooks.set_conn_close(Box::new(goodbye));

@@ -289,7 +289,10 @@ impl Server {
             return Self::start_other(&command, "127.0.0.1:0", &format!("ulimit {limit}; "));
         }
         let script = format!("ulimit {limit}; exec \"$0\" --addr 127.0.0.1:0");
-        Self::from(Command::new("sh").args(["-c", &script, exe]).env_remove("RUST_LOG"))
+        let mut command = Command::new("sh");
+        // Otherwise malloc(3) may map 64 MiB per thread, which count towards the limit on memory.
+        command.env("MALLOC_ARENA_MAX", "1").env_remove("RUST_LOG");
+        Self::from(command.args(["-c", &script, exe]))
     }
 
     /// Starts a server with `command` and waits until its log says where it listens.
