@@ -2,8 +2,11 @@
 
 use std::cell::RefCell;
 use std::fmt;
+use std::hint::black_box;
 use std::io;
 use std::rc::Rc;
+
+use bytemuck::allocation::try_zeroed_slice_box;
 
 use crate::io_buf::IoBuf;
 
@@ -120,15 +123,17 @@ impl Blocks {
     }
 }
 
-/// Allocates a block, if there is memory for it and for `reserve` more bytes.
+/// Allocates a block, if `reserve` more bytes can be allocated after it.
 fn allocate(size: usize, reserve: usize) -> Result<Box<[u8]>, PoolError> {
-    // `vec!` alone aborts the process when memory is short (ulimit -v), so probe first. Only
-    // another thread can take the memory in between.
+    let out_of_memory = PoolError::OutOfMemory { asked: size };
+    // `vec!` would abort the process when memory is short (ulimit -v). Zeroed by the kernel, not here: a
+    // large block takes up memory only where it has been written.
+    let block = try_zeroed_slice_box(size).map_err(|()| out_of_memory)?;
     let mut probe = Vec::<u8>::new();
-    probe.try_reserve_exact(size + reserve).map_err(|_| PoolError::OutOfMemory { asked: size })?;
-    drop(probe);
-    // Zeroed by the kernel, not here: a large block takes up memory only where it has been written.
-    Ok(vec![0; size].into_boxed_slice())
+    probe.try_reserve_exact(reserve).map_err(|_| out_of_memory)?;
+    // Without this the compiler may leave out the allocation, since nothing uses it.
+    black_box(probe);
+    Ok(block)
 }
 
 /// Why [`BufPool::alloc`] returned no buffer (since v02).

@@ -4,9 +4,11 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
@@ -23,6 +25,21 @@ pub struct ServerArgs {
     /// port
     #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7777")]
     pub addr: Addr,
+}
+
+/// The arguments of a server with a pool of threads (since v08).
+#[derive(clap::Args)]
+pub struct ThreadArgs {
+    /// How many threads serve the clients, 1 to 1024; by default one per core
+    #[arg(long, value_name = "N", default_value_t = cores())]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub threads: u16,
+}
+
+/// The number of cores that this process may use.
+fn cores() -> u16 {
+    let cores = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    u16::try_from(cores).map_or(1024, |cores| cores.min(1024))
 }
 
 /// A `HOST:PORT` argument, resolved to at least one socket address (since v01).

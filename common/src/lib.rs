@@ -18,6 +18,7 @@
 //! | [`router`]      | v06   | `MsgRouter`: finds the callback for each kind of message         |
 //! | [`tcp_client`]  | v06   | `TcpClient`: the other end, with the same connection and router  |
 //! | [`hooks`]       | v07   | `Hooks`: callbacks for the start and the end of each connection  |
+//! | [`mailbox`]     | v08   | `Mailbox`: how other threads reach an event loop                 |
 
 #![warn(missing_docs)]
 
@@ -45,6 +46,8 @@ pub mod limit;
 pub mod lines;
 #[cfg(target_os = "linux")]
 pub mod log;
+#[cfg(target_os = "linux")]
+pub mod mailbox;
 #[cfg(target_os = "linux")]
 pub mod message;
 #[cfg(target_os = "linux")]

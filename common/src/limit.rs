@@ -23,9 +23,9 @@ pub const FULL: (i32, &[u8]) = (-1, b"server is full");
 /// How often a full server logs how many clients it has refused (since v05).
 pub const REPORT: Duration = Duration::from_secs(1);
 
-/// The fds besides those of the connections: standard input, output and error, epoll, the log, the
-/// signals, the listener, the bell, one for a client to refuse; and some to spare.
-const OTHER_FDS: u64 = 16;
+/// The fds besides those of the connections and the loops: standard input, output and error, the log,
+/// the signals, the listener, the bell, one for a client to refuse; and some to spare.
+const OTHER_FDS: usize = 14;
 
 /// The options that limit a server's clients (since v05).
 #[derive(clap::Args)]
@@ -159,20 +159,22 @@ struct Places {
 pub struct Permit(Arc<Places>);
 
 impl Limit {
-    /// Creates a limit with all places free. Logs a warning if the limit on fds is lower. The
-    /// `callback` is called when a place becomes free after [`makes_wait`](Self::makes_wait), and
-    /// has to call [`silence`](Self::silence).
+    /// Creates a limit with all places free. Logs a warning if the limit on fds is too low for as many
+    /// connections on `loops` event loops. The `callback` is called when a place becomes free after
+    /// [`makes_wait`](Self::makes_wait), and has to call [`silence`](Self::silence).
     ///
     /// # Errors
     /// Any eventfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn new<S>(
         limits: &Limits,
+        loops: usize,
         event_loop: &mut EventLoop<S>,
         callback: IoCallback<S>,
     ) -> io::Result<Self> {
         let (max, (fds, _)) = (limits.max_conns.get(), getrlimit(Resource::RLIMIT_NOFILE)?);
-        let closing = event_loop.close_limits.at_once;
-        if max.saturating_add(closing) as u64 > fds.saturating_sub(OTHER_FDS) {
+        let closing = loops * event_loop.close_limits.at_once;
+        // Each loop has an epoll instance, and an eventfd or two.
+        if max.saturating_add(closing + 2 * loops + OTHER_FDS) as u64 > fds {
             warn!(
                 "{max} connections and {closing} closing ones need more fds than {fds} (ulimit -n)"
             );

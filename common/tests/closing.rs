@@ -183,7 +183,7 @@ fn gives_up_on_a_peer_that_takes_no_output() {
         let _ = (&peer).write(b"I'm still here");
         event_loop.registered() == 0
     });
-    assert_eq!(setup.pool.stats().in_use, 0);
+    assert_eq!((setup.pool.stats().in_use, setup.event_loop.failed_closes), (0, 1));
 }
 
 #[test]

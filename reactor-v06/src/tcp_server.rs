@@ -48,7 +48,7 @@ impl TcpServer {
         listener.set_nonblocking()?;
         let callbacks = Callbacks { read: Some(Self::accept_callback), write: None };
         let token = event_loop.add_io_event(&listener, Interest::READ, callbacks)?;
-        let limit = Limit::new(limits, event_loop, Self::place_free_callback)?;
+        let limit = Limit::new(limits, 1, event_loop, Self::place_free_callback)?;
         let conns = Conns::new(BufPool::new(POOL_CAP), limits.timeouts, service);
         Ok(Self { listener: Some(listener), token, limit, refused: 0, conns })
     }

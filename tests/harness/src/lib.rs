@@ -9,6 +9,7 @@
 // A test that cannot get a socket or a process has failed, so it may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod every_hook;
 pub mod every_limiter;
 pub mod every_messenger;
 pub mod every_reactor;
@@ -191,7 +192,7 @@ impl Process {
         Duration::from_millis(ticks * 10)
     }
 
-    /// A number in proc_pid_status(5), for example `VmRSS` (in kB) or `voluntary_ctxt_switches`.
+    /// A number in proc_pid_status(5), for example `VmRSS` (in kB).
     #[track_caller]
     pub fn status(&self, name: &str) -> u64 {
         let status = fs::read_to_string(self.proc("status")).unwrap();
@@ -199,13 +200,53 @@ impl Process {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
+    /// The name of each of its threads, and a field in proc_pid_status(5), such as `SigBlk:`.
+    #[track_caller]
+    pub fn threads(&self, field: &str) -> Vec<(String, String)> {
+        let tasks = fs::read_dir(self.proc("task")).unwrap().flatten();
+        let texts = tasks.flat_map(|task| fs::read_to_string(task.path().join("status")));
+        let value = |text: &str, name: &str| {
+            let line = text.lines().find(|line| line.starts_with(name)).expect("a known field");
+            line.split_whitespace().nth(1).unwrap().to_owned()
+        };
+        texts.map(|text| (value(&text, "Name:"), value(&text, field))).collect()
+    }
+
+    /// The names of its threads, in alphabetical order.
+    pub fn thread_names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.threads("Pid:").into_iter().map(|it| it.0).collect();
+        names.sort();
+        names
+    }
+
+    /// How often its threads have gone to sleep.
+    pub fn wake_ups(&self) -> u64 {
+        let counts = self.threads("voluntary_ctxt_switches:");
+        counts.iter().map(|(_, count)| count.parse::<u64>().unwrap()).sum()
+    }
+
+    /// How many fds each of its epoll instances watches, the oldest instance first.
+    pub fn epoll_sizes(&self) -> Vec<usize> {
+        let fds = fs::read_dir(self.proc("fd")).unwrap().flatten();
+        let is_epoll = |path: PathBuf| {
+            fs::read_link(path).is_ok_and(|it| it.ends_with("anon_inode:[eventpoll]"))
+        };
+        let mut instances: Vec<u32> = fds
+            .filter(|fd| is_epoll(fd.path()))
+            .map(|fd| fd.file_name().to_str().unwrap().parse().unwrap())
+            .collect();
+        instances.sort_unstable();
+        let info = |fd| fs::read_to_string(self.proc(&format!("fdinfo/{fd}"))).unwrap();
+        instances.iter().map(|fd| info(fd).matches("tfd:").count()).collect()
+    }
+
     /// Waits until it sleeps, which means that it has not woken up for more than a second.
     #[track_caller]
     pub fn wait_until_asleep(&self) {
         wait_until("it sleeps", || {
-            let before = self.status("voluntary_ctxt_switches");
+            let before = self.wake_ups();
             thread::sleep(4 * QUIET);
-            self.status("voluntary_ctxt_switches") == before
+            self.wake_ups() == before
         });
     }
 
@@ -349,6 +390,17 @@ impl Server {
     #[track_caller]
     pub fn wait_for_log(&self, text: &str) -> String {
         if reactor_cmd().is_some() { String::new() } else { self.process.wait_for_log(text) }
+    }
+
+    /// Checks in the chapter's log that its shutdown has left nothing behind, on any thread. Passes
+    /// for another program.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let text = "stopped; cut off: 0; still registered: 0; buffers: 0 B in use";
+        self.wait_for_log(&format!("INFO {text}"));
+        let log = self.log();
+        let mut lines = log.lines().filter(|line| line.contains("stopped; "));
+        assert!(lines.all(|line| line.contains(text)), "{log}");
     }
 
     /// Checks that the chapter's log contains `text` exactly once. Passes for another program.

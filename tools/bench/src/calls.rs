@@ -64,7 +64,7 @@ fn count(
     cpu: usize,
 ) -> anyhow::Result<Count> {
     let report = std::env::temp_dir().join(format!("bench-strace-{}", std::process::id()));
-    let target = Target::start(server.command_counted(&report)?, cpu)?;
+    let target = Target::start(server.command_counted(&report)?, Some(cpu))?;
     let warm_up = Duration::from_millis(100);
     let figures = load::run(&target, scenario, warm_up, duration)?;
     drop(target);

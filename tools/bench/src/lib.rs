@@ -11,6 +11,8 @@ pub mod report;
 pub mod target;
 
 use std::fs;
+use std::hash::{DefaultHasher, Hasher};
+use std::hint::black_box;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 
@@ -45,4 +47,23 @@ pub fn listener() -> anyhow::Result<TcpListener> {
     nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXCONN)?;
     eprintln!("listening on {}", listener.local_addr()?);
     Ok(listener)
+}
+
+/// Some work for a callback: hashes `payload` again and again, for about 20 µs if it has 56 bytes.
+pub fn work(payload: &[u8]) {
+    const TIMES: usize = 700;
+    let mut hasher = DefaultHasher::new();
+    (0..TIMES).for_each(|_| hasher.write(black_box(payload)));
+    black_box(hasher.finish());
+}
+
+/// How many threads a model is to have: its only argument, or the number of cores.
+///
+/// # Errors
+/// It is not a number.
+pub fn threads() -> anyhow::Result<usize> {
+    match std::env::args().nth(1) {
+        Some(n) => n.parse().with_context(|| format!("not a number of threads: {n:?}")),
+        None => Ok(std::thread::available_parallelism()?.get()),
+    }
 }

@@ -217,7 +217,7 @@ impl Bench {
     }
 
     fn load(&self, round: usize, server: &Server, scenario: &Scenario) -> anyhow::Result<Load> {
-        let target = Target::start(server.command()?, self.server_cpu)?;
+        let target = Target::start(server.command()?, Some(self.server_cpu))?;
         let figures = load::run(&target, scenario, self.duration / 4, self.duration)?;
         let first = &figures.cells[0];
         let all: u64 = figures.cells.iter().map(|cell| cell.replies).sum();
@@ -238,7 +238,7 @@ impl Bench {
     }
 
     fn accept(&self, round: usize, server: &Server) -> anyhow::Result<Accept> {
-        let target = Target::start(server.command()?, self.server_cpu)?;
+        let target = Target::start(server.command()?, Some(self.server_cpu))?;
         let figures = accept::run(&target, server.echoes(), self.duration)?;
         Ok(Accept {
             server: server.name.clone(),
@@ -249,7 +249,7 @@ impl Bench {
     }
 
     fn idle(&self, server: &Server, connections: usize) -> anyhow::Result<Idle> {
-        let target = Target::start(server.command()?, self.server_cpu)?;
+        let target = Target::start(server.command()?, Some(self.server_cpu))?;
         let idle::Memory { start, connected, echoed, burst } = idle::run(&target, connections)?;
         Ok(Idle { server: server.name.clone(), connections, start, connected, echoed, burst })
     }

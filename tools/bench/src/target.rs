@@ -43,12 +43,15 @@ impl Server {
         self.echoes() && self.name != "reactor-v02"
     }
 
-    /// Chapter 5 and later limit the number of clients, which no peer does.
+    /// Chapter 5 and later limit the number of clients, which no peer does. Chapter 8 and later have
+    /// several threads, of which the processor that they are pinned to could only run one.
     fn args(&self) -> &[&str] {
-        const ARGS: [&str; 4] = ["--addr", "127.0.0.1:0", "--max-conns", "1000000"];
+        const ARGS: [&str; 6] =
+            ["--addr", "127.0.0.1:0", "--max-conns", "1000000", "--threads", "1"];
         match self.name.strip_prefix("reactor-") {
             None => &[],
             Some(chapter) if chapter < "v05" => &ARGS[..2],
+            Some(chapter) if chapter < "v08" => &ARGS[..4],
             Some(_) => &ARGS,
         }
     }
@@ -86,11 +89,11 @@ pub struct Target {
 }
 
 impl Target {
-    /// Starts a server, waits until it listens and pins it to the processor `cpu`.
+    /// Starts a server, waits until it listens and pins it to the processor `cpu`, if any.
     ///
     /// # Errors
     /// It cannot be started, or does not log where it listens.
-    pub fn start(mut command: Command, cpu: usize) -> anyhow::Result<Self> {
+    pub fn start(mut command: Command, cpu: Option<usize>) -> anyhow::Result<Self> {
         let program = PathBuf::from(command.get_program());
         let mut child = command
             // Logs where it listens, but not the clients that the load resets: no peer logs those.
@@ -111,7 +114,9 @@ impl Target {
         // The rest of its log must not fill the pipe.
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
         let target = Self { child, addr };
-        pin(target.pid()?, cpu)?;
+        if let Some(cpu) = cpu {
+            pin(target.pid()?, cpu)?;
+        }
         Ok(target)
     }
 

@@ -22,7 +22,7 @@ const PEERS: [&str; 4] = [
 fn everything_comes_back_after_a_half_close() {
     let (cpu, _) = target::processors().unwrap();
     for peer in PEERS {
-        let target = Target::start(Command::new(peer), cpu).unwrap();
+        let target = Target::start(Command::new(peer), Some(cpu)).unwrap();
         for length in [1, 65_527] {
             for _ in 0..20 {
                 let mut message = common::message::encode_header(1, length).unwrap().to_vec();

@@ -1,0 +1,137 @@
+//! A mailbox: how other threads reach an event loop (since v08).
+//!
+//! It is a queue, and an eventfd(2) that is readable while there may be something in the queue. So the
+//! loop waits for letters where it waits for everything else, and sleeps while there are none.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+
+use nix::errno::Errno;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
+
+/// How many letters fit a mailbox (since v08). More of them would only wait longer.
+pub const CAPACITY: usize = 1024;
+
+/// How many letters the loop takes per event, so that its fds get their turn.
+const LETTERS_PER_EVENT: usize = 64;
+
+/// The sending end (since v08). Clones lead to the same inbox.
+pub struct Mailbox<M> {
+    letters: SyncSender<M>,
+    bell: Arc<Bell>,
+}
+
+/// The receiving end, in the thread of the loop (since v08).
+pub struct Inbox<M> {
+    letters: Receiver<M>,
+    bell: Arc<Bell>,
+    token: Token,
+}
+
+struct Bell {
+    fd: EventFd,
+    /// Not a letter, because a stop has to get past a full queue.
+    stopped: AtomicBool,
+}
+
+/// A letter that the mailbox has not taken: it is full, or the loop has ended (since v08).
+pub struct NotPosted<M>(pub M);
+
+/// Creates both ends of a mailbox (since v08).
+///
+/// # Errors
+/// Any eventfd(2) error, typically EMFILE.
+pub fn mailbox<M>() -> io::Result<(Mailbox<M>, Inbox<M>)> {
+    let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+    let bell = Arc::new(Bell { fd, stopped: AtomicBool::new(false) });
+    let (sender, receiver) = sync_channel(CAPACITY);
+    let inbox = Inbox { letters: receiver, bell: Arc::clone(&bell), token: Token::default() };
+    Ok((Mailbox { letters: sender, bell }, inbox))
+}
+
+impl Bell {
+    fn ring(&self) {
+        // It could only fail after 2^64 - 2 rings, and it is readable then.
+        let _ = self.fd.write(1);
+    }
+}
+
+impl<M> Mailbox<M> {
+    /// Posts a letter. Never waits: two loops that waited for each other would do so forever.
+    ///
+    /// # Errors
+    /// The mailbox is full, or the loop has ended. The letter comes back in the error.
+    pub fn post(&self, letter: M) -> Result<(), NotPosted<M>> {
+        self.letters.try_send(letter).map_err(|err| match err {
+            TrySendError::Full(letter) | TrySendError::Disconnected(letter) => NotPosted(letter),
+        })?;
+        // After the letter: a loop that woke up before would find nothing, and sleep on.
+        self.bell.ring();
+        Ok(())
+    }
+
+    /// Tells the loop to stop, even if the mailbox is full.
+    pub fn stop(&self) {
+        self.bell.stopped.store(true, Ordering::Release);
+        self.bell.ring();
+    }
+}
+
+impl<M> Clone for Mailbox<M> {
+    fn clone(&self) -> Self {
+        Self { letters: self.letters.clone(), bell: Arc::clone(&self.bell) }
+    }
+}
+
+impl<M> Inbox<M> {
+    /// From now on `callback` is called when letters may have arrived, or when the loop is to stop.
+    ///
+    /// # Errors
+    /// Any epoll_ctl(2) error.
+    pub fn register<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        callback: IoCallback<S>,
+    ) -> io::Result<()> {
+        let callbacks = Callbacks { read: Some(callback), write: None };
+        self.token = event_loop.add_io_event(&self.bell.fd, Interest::READ, callbacks)?;
+        Ok(())
+    }
+
+    /// Stops calling the callback.
+    ///
+    /// # Errors
+    /// NotFound if it is not registered; any epoll_ctl(2) error.
+    pub fn deregister<S>(&self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
+        event_loop.del_io_event(&self.bell.fd, self.token)
+    }
+
+    /// Silences the bell and takes the letters that have arrived, at most 64 of them. The bell rings
+    /// again if there may be more; and if the loop is to stop, until there are none.
+    ///
+    /// # Errors
+    /// Any read(2) error; none is known.
+    pub fn take(&self) -> io::Result<Vec<M>> {
+        // Before the queue is emptied: a letter posted in between then rings once too often. The
+        // other way round its ring would be silenced, and the letter would lie there.
+        match self.bell.fd.read() {
+            Ok(_) | Err(Errno::EAGAIN) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+        let letters: Vec<M> = self.letters.try_iter().take(LETTERS_PER_EVENT).collect();
+        if letters.len() == LETTERS_PER_EVENT || (self.is_stopped() && !letters.is_empty()) {
+            self.bell.ring();
+        }
+        Ok(letters)
+    }
+
+    /// Whether the loop has been told to stop. It has to take the letters first: there are no more once
+    /// [`take`](Self::take) has returned none.
+    pub fn is_stopped(&self) -> bool {
+        self.bell.stopped.load(Ordering::Acquire)
+    }
+}

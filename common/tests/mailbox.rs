@@ -1,0 +1,154 @@
+//! The mailbox: its order of steps, its bounds, and that no letter is lost or late.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Duration;
+
+use common::event_loop::{EventLoop, Token};
+use common::mailbox::{CAPACITY, Inbox, mailbox};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// The time limit for everything, which only a hang reaches.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The state of a loop with an inbox.
+struct State {
+    inbox: Inbox<u64>,
+    letters: Vec<u64>,
+    /// How many times there were any.
+    batches: usize,
+}
+
+fn inbox_callback(
+    state: &mut State,
+    event_loop: &mut EventLoop<State>,
+    _: Token,
+) -> anyhow::Result<()> {
+    let letters = state.inbox.take()?;
+    if letters.is_empty() && state.inbox.is_stopped() {
+        event_loop.stop();
+    }
+    state.batches += usize::from(!letters.is_empty());
+    state.letters.extend(letters);
+    Ok(())
+}
+
+fn with_loop(mut inbox: Inbox<u64>) -> (EventLoop<State>, State) {
+    let mut event_loop = EventLoop::new().unwrap();
+    inbox.register(&mut event_loop, inbox_callback).unwrap();
+    (event_loop, State { inbox, letters: Vec::new(), batches: 0 })
+}
+
+/// How many events there are right now.
+fn poll(event_loop: &mut EventLoop<State>, state: &mut State) -> usize {
+    event_loop.poll_once(state, Some(Duration::ZERO)).unwrap()
+}
+
+#[test]
+fn letters_wake_the_loop_up_and_come_in_order() {
+    let (mailbox, inbox) = mailbox().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    assert_eq!(poll(&mut event_loop, &mut state), 0);
+    (0..10).for_each(|n| assert!(mailbox.post(n).is_ok()));
+    assert_eq!(poll(&mut event_loop, &mut state), 1);
+    assert_eq!(state.letters, (0..10).collect::<Vec<_>>());
+    assert_eq!(poll(&mut event_loop, &mut state), 0, "the bell is silent again");
+}
+
+#[test]
+fn a_full_mailbox_gives_the_letter_back_and_a_stop_gets_past_it() {
+    let (mailbox, inbox) = mailbox().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    (0..CAPACITY as u64).for_each(|n| assert!(mailbox.post(n).is_ok()));
+    assert_eq!(mailbox.post(77).map_err(|err| err.0), Err(77));
+    mailbox.clone().stop();
+    event_loop.event_process(&mut state).unwrap();
+    // One event takes a few, and the bell rings for the rest.
+    assert_eq!(state.batches, CAPACITY / 64);
+    assert_eq!(state.letters, (0..CAPACITY as u64).collect::<Vec<_>>());
+    drop(state);
+    assert_eq!(mailbox.post(78).map_err(|err| err.0), Err(78), "the loop has ended");
+}
+
+/// Empties a queue in two orders, while a letter is posted between the two steps.
+#[test]
+fn the_bell_has_to_be_silenced_before_the_queue_is_emptied() {
+    for (silence_first, lost) in [(true, false), (false, true)] {
+        let (sender, receiver) = sync_channel::<&str>(10);
+        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+        let post = |letter| {
+            sender.send(letter).unwrap();
+            bell.write(1).unwrap();
+        };
+        post("first");
+        let mut letters = Vec::new();
+        let mut steps: [&mut dyn FnMut(); 2] =
+            [&mut || assert!(bell.read().is_ok()), &mut || letters.extend(receiver.try_iter())];
+        if !silence_first {
+            steps.reverse();
+        }
+        steps[0]();
+        post("between the steps");
+        steps[1]();
+        let rings = bell.read().is_ok();
+        // Lost: it is in the queue, and nothing will wake the loop up.
+        assert_eq!(letters.len() == 1 && !rings, lost);
+    }
+}
+
+/// Threads post at random times, mostly while the loop is about to go to sleep. At the end of each
+/// round they wait until the loop has taken everything: a lost ring would keep them all waiting.
+#[test]
+fn millions_of_letters_are_neither_lost_nor_late() {
+    const SENDERS: u64 = 4;
+    const ROUNDS: u64 = 500;
+    const LETTERS: u64 = 1000;
+    let (mailbox, inbox) = mailbox().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    let taken = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for sender in 0..SENDERS {
+            let (mailbox, taken) = (mailbox.clone(), &taken);
+            scope.spawn(move || {
+                let mut random = sender * 2 + 1;
+                for round in 0..ROUNDS {
+                    for n in 0..LETTERS {
+                        let mut letter = sender << 32 | (round * LETTERS + n);
+                        while let Err(back) = mailbox.post(letter) {
+                            letter = back.0;
+                            thread::yield_now();
+                        }
+                        // Xorshift, Marsaglia (2003).
+                        random ^= random << 13;
+                        random ^= random >> 7;
+                        random ^= random << 17;
+                        if random % 16 == 0 {
+                            thread::yield_now();
+                        } else if random % 1024 == 1 {
+                            thread::sleep(Duration::from_micros(random >> 32 & 63));
+                        }
+                    }
+                    while taken.load(Ordering::Acquire) < (round + 1) * LETTERS * SENDERS {
+                        thread::yield_now();
+                    }
+                }
+            });
+        }
+        let mut next = [0; SENDERS as usize];
+        while taken.load(Ordering::Relaxed) < SENDERS * ROUNDS * LETTERS {
+            let n = event_loop.poll_once(&mut state, Some(LIMIT)).unwrap();
+            assert_eq!(n, 1, "a letter is late");
+            for letter in state.letters.drain(..) {
+                let next = &mut next[(letter >> 32) as usize];
+                assert_eq!(letter & 0xffff_ffff, *next, "out of order");
+                *next += 1;
+                taken.fetch_add(1, Ordering::Release);
+            }
+        }
+        assert_eq!(next, [ROUNDS * LETTERS; SENDERS as usize]);
+    });
+    assert_eq!(poll(&mut event_loop, &mut state), 0);
+}

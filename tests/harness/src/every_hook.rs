@@ -1,0 +1,138 @@
+//! The promises of every server with hooks, from chapter 7 on, and of its client.
+//! [`every_hook!`](crate::every_hook!) turns each promise into a test.
+
+use std::net::{Shutdown, TcpListener};
+use std::process::Command;
+use std::thread;
+
+use crate::every_reactor::Chapter;
+use crate::{Server, Signal, assert_echo, frame, read, read_to_end, reset, run, wait_until, write};
+
+/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
+#[macro_export]
+macro_rules! every_hook {
+    ($chapter:expr, $client:expr, [$($promise:ident),* $(,)?]) => {
+        mod every_hook {
+            use super::*;
+
+            $(
+                #[test]
+                fn $promise() {
+                    harness::chapter_only!("it needs the chapter's own options and log");
+                    harness::every_hook::$promise($chapter, $client);
+                }
+            )*
+        }
+    };
+    ($chapter:expr, $client:expr) => {
+        harness::every_hook!($chapter, $client, [
+            the_hooks_count_the_connections_however_they_end,
+            the_welcome_comes_before_any_reply,
+            a_welcome_is_at_most_as_long_as_a_payload,
+            a_client_that_loses_its_server_says_goodbye_too,
+            the_client_prints_its_welcome_and_says_goodbye,
+            the_client_prints_messages_with_any_id,
+        ]);
+    };
+}
+
+/// Starts it with a log of each connection.
+#[track_caller]
+fn start(chapter: Chapter, options: &[&str]) -> Server {
+    let mut command = Command::new(chapter.exe);
+    Server::from(command.args(["--addr", "127.0.0.1:0"]).args(options).env("RUST_LOG", "debug"))
+}
+
+/// The numbers that the hooks have logged.
+fn counts(server: &Server, hook: &str) -> Vec<usize> {
+    let log = server.log();
+    let numbers = log.lines().filter_map(|line| line.split(hook).nth(1));
+    numbers.map(|number| number.rsplit(' ').next().unwrap().parse().unwrap()).collect()
+}
+
+pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &str) {
+    let mut server = start(chapter, &["--max-conns", "3", "--idle-timeout", "2"]);
+    let served = || {
+        let client = server.connect();
+        assert_echo(&client, &frame(1, b"hello"));
+        client
+    };
+    let mut clients = [served(), served(), served()].into_iter();
+    wait_until("all have started", || counts(&server, "on_conn_start") == [1, 2, 3]);
+    // A refused client has neither hook.
+    assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
+    let half_closed = clients.next().unwrap();
+    half_closed.shutdown(Shutdown::Write).unwrap();
+    wait_until("the first is counted", || counts(&server, "on_conn_close") == [2]);
+    reset(clients.next().unwrap());
+    wait_until("the second is counted", || counts(&server, "on_conn_close") == [2, 1]);
+    wait_until("the third is counted", || counts(&server, "on_conn_close") == [2, 1, 0]);
+    server.wait_for_log("idle connections closed: 1");
+    let bad = server.connect();
+    write(&bad, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
+    wait_until("the fourth is counted", || counts(&server, "on_conn_close").len() == 4);
+    let last = server.connect();
+    assert_echo(&last, &frame(1, b"hello"));
+    server.signal(Signal::SIGTERM);
+    assert_eq!(server.wait().code(), Some(0));
+    server.wait_for_log("stopped; ");
+    drop(last);
+    assert_eq!(counts(&server, "on_conn_start"), [1, 2, 3, 1, 1]);
+    assert_eq!(counts(&server, "on_conn_close"), [2, 1, 0, 0, 0]);
+}
+
+pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &str) {
+    let server = start(chapter, &["--welcome", "hello there"]);
+    for _ in 0..50 {
+        let client = server.connect();
+        write(&client, &frame(1, b"pipelined").repeat(10));
+        client.shutdown(Shutdown::Write).unwrap();
+        let expected = [frame(101, b"hello there"), frame(1, b"pipelined").repeat(10)].concat();
+        assert_eq!(read_to_end(&client), expected);
+    }
+    let silent = server.connect();
+    assert_eq!(read(&silent, 19), frame(101, b"hello there"));
+}
+
+pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &str) {
+    let longest = "x".repeat(65_527);
+    let server = start(chapter, &["--welcome", &longest]);
+    assert_eq!(read(&server.connect(), 65_535), frame(101, longest.as_bytes()));
+    let output = run(chapter.exe, &["--welcome", &(longest + "x")]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("65527"));
+}
+
+pub fn a_client_that_loses_its_server_says_goodbye_too(_: Chapter, client: &str) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let server = thread::spawn(move || drop(read(&listener.accept().unwrap().0, 19)));
+    let output = run(client, &["--addr", &addr]);
+    server.join().unwrap();
+    assert_eq!((output.status.code(), &output.stdout[..]), (Some(1), &b"goodbye\n"[..]));
+}
+
+pub fn the_client_prints_its_welcome_and_says_goodbye(chapter: Chapter, client: &str) {
+    let server = start(chapter, &["--welcome", "hello there"]);
+    let output = run(client, &["--addr", &server.addr().to_string()]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let expected = "id=101 len=11 hello there\nid=1 len=11 hello lars!\ngoodbye\n";
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+}
+
+pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &str) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    let server = thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let messages = [frame(77, b"news"), frame(i32::MIN, b""), frame(1, b"hello lars!")];
+        write(&stream, &messages.concat());
+        read_to_end(&stream)
+    });
+    let output = run(client, &["--addr", &addr]);
+    let expected = "id=77 len=4 news\nid=-2147483648 len=0\nid=1 len=11 hello lars!\ngoodbye\n";
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let sent = [frame(1, b"hello lars!"), frame(2, b"hello lars!")].concat();
+    assert_eq!(server.join().unwrap(), sent);
+}

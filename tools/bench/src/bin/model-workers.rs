@@ -1,0 +1,43 @@
+//! A thread that accepts and some that serve, a reactor each: chapter 8's server, with work to do for each
+//! message.
+
+#[path = "../../../../reactor-v08/src/conns.rs"]
+mod conns;
+#[path = "../../../../reactor-v08/src/tcp_server.rs"]
+mod tcp_server;
+#[path = "../../../../reactor-v08/src/worker.rs"]
+mod worker;
+
+use clap::Parser;
+use common::event_loop::EventLoop;
+use common::hooks::Hooks;
+use common::limit::Limits;
+use common::router::MsgRouter;
+
+use crate::conns::Service;
+use crate::tcp_server::TcpServer;
+
+#[derive(clap::Parser)]
+struct Args {
+    #[command(flatten)]
+    limits: Limits,
+}
+
+fn main() -> anyhow::Result<()> {
+    let _log = common::log::start()?;
+    let mut event_loop = EventLoop::new()?;
+    let mut router = MsgRouter::new();
+    router.add_msg_router(
+        1,
+        Box::new(|conn, payload, id| {
+            bench::work(payload);
+            conn.send_message(payload, id)
+        }),
+    )?;
+    let (service, limits) =
+        (Service { router, hooks: Hooks::new() }, Args::parse_from(["model"]).limits);
+    let addr = "127.0.0.1:0".parse().map_err(anyhow::Error::msg)?;
+    let mut server = TcpServer::new(&mut event_loop, &addr, &limits, bench::threads()?, service)?;
+    event_loop.event_process(&mut server)?;
+    server.drain(&mut event_loop)
+}
