@@ -29,7 +29,7 @@ pub struct Conns {
 /// One client, and its permit, which goes back when this is dropped.
 struct Client {
     conn: TcpConn,
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Conns {
@@ -47,7 +47,7 @@ impl Conns {
     ) -> Result<()> {
         let callbacks = Callbacks { read: Some(conn_rd_callback), write: Some(conn_wt_callback) };
         match TcpConn::new(event_loop, stream, peer, &self.pool, callbacks) {
-            Ok(conn) => self.keep(event_loop, Box::new(Client { conn, _permit: permit }))?,
+            Ok(conn) => self.keep(event_loop, Box::new(Client { conn, permit }))?,
             Err(err) => warn!("{peer}: dropped: {err}"),
         }
         Ok(())
@@ -98,16 +98,16 @@ impl Conns {
         left.try_for_each(|it| Ok(self.sweep.watch(event_loop, &it.conn, timer_callback)?))
     }
 
-    /// Closes all connections.
     pub fn close_all(&mut self, event_loop: &mut Loop) -> Result<()> {
         self.clients.drain().try_for_each(|(_, client)| client.close(event_loop))
     }
 }
 
 impl Client {
-    /// Gives back the permit now, not only when the client has closed too.
+    /// Gives back the permit first: a client that reads the end may connect again at once.
     fn close(self, event_loop: &mut Loop) -> Result<()> {
         debug!("{}: closed", self.conn.peer);
+        drop(self.permit);
         Ok(event_loop.close_gracefully(self.conn.stream, self.conn.token, self.conn.output)?)
     }
 }

@@ -37,7 +37,7 @@ pub struct Conns {
 /// One client, and its permit, which goes back when this is dropped.
 struct Client {
     conn: TcpConn,
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Conns {
@@ -57,7 +57,7 @@ impl Conns {
         match TcpConn::new(event_loop, stream, peer, &self.pool, callbacks) {
             Ok(conn) => {
                 let token = conn.token;
-                self.clients.insert(token, Box::new(Client { conn, _permit: permit }));
+                self.clients.insert(token, Box::new(Client { conn, permit }));
                 self.with_conn(event_loop, token, |conn, event_loop, service| {
                     conn.do_start(event_loop, |conn| service.hooks.on_conn_start(conn))
                 })?;
@@ -113,7 +113,6 @@ impl Conns {
         left.try_for_each(|it| Ok(self.sweep.watch(event_loop, &it.conn, timer_callback)?))
     }
 
-    /// Closes all connections.
     pub fn close_all(&mut self, event_loop: &mut Loop) -> Result<()> {
         self.clients.drain().try_for_each(|(_, client)| client.close(event_loop, &self.service))
     }
@@ -129,10 +128,11 @@ impl Client {
         }
     }
 
-    /// Gives back the permit now, not only when the client has closed too.
+    /// Gives back the permit first: a client that reads the end may connect again at once.
     fn close(mut self, event_loop: &mut Loop, service: &Service) -> Result<()> {
         debug!("{}: closed", self.conn.peer);
         self.end(service);
+        drop(self.permit);
         Ok(event_loop.close_gracefully(self.conn.stream, self.conn.token, self.conn.output)?)
     }
 }

@@ -343,6 +343,10 @@ impl Server {
         let process = Process::start(command);
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
+        // It may have threads that have yet to set up their event loops.
+        wait_until("all threads wait for events", || {
+            process.threads("State:").iter().all(|(_, state)| state == "S")
+        });
         Self { process, addr }
     }
 
