@@ -711,15 +711,40 @@ chapter_v06() {
 
 # ---- Chapter 7 -----------------------------------------------------------------------------------
 
-chapter_v07() {
+hook_checks() { # CHAPTER
     local options
+    router_checks "$1" 'id=1 len=11 hello lars!' goodbye
+    options=(--welcome 'good day')
+    check "$1" 'its client: --welcome greets it' check_own_client "$1" \
+        'id=101 len=8 good day' 'id=1 len=11 hello lars!' goodbye
+}
+
+chapter_v07() {
     server_checks v07
     message_checks v07
     limit_checks v07
-    router_checks v07 'id=1 len=11 hello lars!' goodbye
-    options=(--welcome 'good day')
-    check v07 'its client: --welcome greets it' check_own_client v07 \
-        'id=101 len=8 good day' 'id=1 len=11 hello lars!' goodbye
+    hook_checks v07
+}
+
+# ---- Chapter 8 -----------------------------------------------------------------------------------
+
+# The log says which worker has got which client.
+check_threads() { # CHAPTER
+    RUST_LOG=debug start_server "$1" 0 --threads 2
+    client one
+    client two
+    client three
+    expect_code 0
+    grep -o 'handed over to .*' server.log >workers
+    expect_lines workers worker-0 worker-1 worker-0
+}
+
+chapter_v08() {
+    server_checks v08
+    message_checks v08
+    limit_checks v08
+    hook_checks v08
+    check v08 '--threads 2: two workers' check_threads v08
 }
 
 # ---- Later chapters without checks of their own --------------------------------------------------
@@ -774,6 +799,8 @@ build() { # PACKAGE OPTIONS
 }
 
 cargo_tests() { # PACKAGE OPTIONS
+    # Most tests spend most of their time waiting, so there may be more of them than processors.
+    local -x RUST_TEST_THREADS=${RUST_TEST_THREADS:-$(($(nproc) < 4 ? 4 : $(nproc)))}
     cargo_row "cargo test $*" test "$@" || tail -n 60 "$scratch/cargo" | indented
     awk '/^test result:/ { passed += $4; failed += $6 }
         END { printf "         %d tests passed, %d failed\n", passed, failed }' "$scratch/cargo"
