@@ -735,7 +735,7 @@ check_threads() { # CHAPTER
     client two
     client three
     expect_code 0
-    grep -o 'handed over to .*' server.log >workers
+    grep -o 'handing over to .*' server.log >workers
     expect_lines workers worker-0 worker-1 worker-0
 }
 

@@ -110,13 +110,11 @@ impl Workers {
     /// are full, the client comes back.
     pub fn hand_over(&mut self, mut client: NewConn) -> Option<TcpStream> {
         for _ in 0..self.threads.len() {
-            let (number, peer) = (self.next, client.peer);
+            let number = self.next;
             self.next = (number + 1) % self.threads.len();
+            debug!("{}: handing over to worker-{number}", client.peer);
             match self.threads[number].0.post(client) {
-                Ok(()) => {
-                    debug!("{peer}: handed over to worker-{number}");
-                    return None;
-                }
+                Ok(()) => return None,
                 Err(back) => client = back.0,
             }
         }
