@@ -74,7 +74,7 @@ impl<M> Mailbox<M> {
         Ok(())
     }
 
-    /// Tells the loop to stop, even if the mailbox is full.
+    /// Tells the loop to stop once it has taken all letters. Gets past a full mailbox.
     pub fn stop(&self) {
         self.bell.stopped.store(true, Ordering::Release);
         self.bell.ring();
@@ -110,28 +110,27 @@ impl<M> Inbox<M> {
         event_loop.del_io_event(&self.bell.fd, self.token)
     }
 
-    /// Silences the bell and takes the letters that have arrived, at most 64 of them. The bell rings
-    /// again if there may be more; and if the loop is to stop, until there are none.
+    /// Silences the bell and takes the letters that have arrived, at most 64 of them; if there may be
+    /// more, the bell rings again. Returns `None` if the loop is to stop and all letters are taken.
     ///
     /// # Errors
     /// Any read(2) error; none is known.
-    pub fn take(&self) -> io::Result<Vec<M>> {
+    pub fn take(&self) -> io::Result<Option<Vec<M>>> {
         // Before the queue is emptied: a letter posted in between then rings once too often. The
         // other way round its ring would be silenced, and the letter would lie there.
         match self.bell.fd.read() {
             Ok(_) | Err(Errno::EAGAIN) => {}
             Err(errno) => return Err(errno.into()),
         }
+        // Also before: what was posted before the stop is in the queue by now.
+        let stopped = self.bell.stopped.load(Ordering::Acquire);
         let letters: Vec<M> = self.letters.try_iter().take(LETTERS_PER_EVENT).collect();
-        if letters.len() == LETTERS_PER_EVENT || (self.is_stopped() && !letters.is_empty()) {
+        if stopped && letters.is_empty() {
+            return Ok(None);
+        }
+        if stopped || letters.len() == LETTERS_PER_EVENT {
             self.bell.ring();
         }
-        Ok(letters)
-    }
-
-    /// Whether the loop has been told to stop. It has to take the letters first: there are no more once
-    /// [`take`](Self::take) has returned none.
-    pub fn is_stopped(&self) -> bool {
-        self.bell.stopped.load(Ordering::Acquire)
+        Ok(Some(letters))
     }
 }

@@ -41,10 +41,10 @@ impl Worker {
     /// Step 3: clients have arrived in the mailbox, or it is time to stop.
     fn inbox_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("inbox_callback");
-        let letters = self.inbox.take()?;
-        if letters.is_empty() && self.inbox.is_stopped() {
+        let Some(letters) = self.inbox.take()? else {
             event_loop.stop();
-        }
+            return Ok(());
+        };
         for NewConn { stream, peer, permit } in letters {
             self.conns.add_conn(event_loop, stream, peer, permit)?;
         }
