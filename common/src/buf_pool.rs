@@ -21,13 +21,11 @@ pub const SIZE_CLASSES: [usize; 7] =
 pub const MAX_BLOCK: usize = 8 * MIB;
 
 /// How much memory must stay free for everything else, in bytes: a small allocation that fails
-/// aborts the process.
-const RESERVE: usize = MIB;
-
-/// malloc(3) always maps an allocation of more than this, in bytes (mallopt(3), M_MMAP_THRESHOLD).
-/// A probe of that size leaves no trace. On the heap it would leave used memory for the block,
-/// which calloc(3) would have to zero.
-const BEYOND_HEAP: usize = 32 * MIB;
+/// aborts the process. When memory is short, each of them may take a page of its own.
+///
+/// malloc(3) always maps an allocation of more than 32 MiB (mallopt(3), M_MMAP_THRESHOLD), so a probe
+/// for it leaves no trace on the heap.
+const RESERVE: usize = 32 * MIB + 1;
 
 /// Blocks of memory that are reused, so that a server in steady state allocates nothing
 /// (since v02).
@@ -93,11 +91,11 @@ impl Blocks {
                     return Err(PoolError::CapReached { asked: size, cap: self.cap });
                 }
                 self.make_room_for(size);
-                allocate(size, BEYOND_HEAP).or_else(|_| {
+                allocate(size).or_else(|_| {
                     // Free blocks of other classes may hold that memory: free them, try again.
                     self.classes = Default::default();
                     self.free = 0;
-                    allocate(size, RESERVE)
+                    allocate(size)
                 })?
             }
         };
@@ -123,14 +121,14 @@ impl Blocks {
     }
 }
 
-/// Allocates a block, if `reserve` more bytes can be allocated after it.
-fn allocate(size: usize, reserve: usize) -> Result<Box<[u8]>, PoolError> {
+/// Allocates a block, if the system has [`RESERVE`] beside it.
+fn allocate(size: usize) -> Result<Box<[u8]>, PoolError> {
     let out_of_memory = PoolError::OutOfMemory { asked: size };
     // `vec!` would abort the process when memory is short (ulimit -v). Zeroed by the kernel, not here: a
     // large block takes up memory only where it has been written.
     let block = try_zeroed_slice_box(size).map_err(|()| out_of_memory)?;
     let mut probe = Vec::<u8>::new();
-    probe.try_reserve_exact(reserve).map_err(|_| out_of_memory)?;
+    probe.try_reserve_exact(RESERVE).map_err(|_| out_of_memory)?;
     // Without this the compiler may leave out the allocation, since nothing uses it.
     black_box(probe);
     Ok(block)

@@ -4,9 +4,9 @@ use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -61,8 +61,8 @@ pub fn start() -> io::Result<Arc<Log>> {
 /// How lines get to stderr (since v01). The log must never stop a server, so a line that cannot be
 /// written is dropped.
 pub enum Log {
-    /// Lines are written at once or dropped.
-    Direct(File),
+    /// Lines are written at once or dropped. Only one thread at a time may ask whether there is room.
+    Direct(Mutex<File>),
     /// A thread writes the lines, and may block.
     Thread(Writer),
 }
@@ -72,24 +72,24 @@ impl Log {
         let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         let kind = stderr.metadata()?.file_type();
         if !kind.is_fifo() && !kind.is_char_device() {
-            return Ok(Self::Direct(stderr));
+            return Ok(Self::Direct(stderr.into()));
         }
         // Opened again, because O_NONBLOCK is set on an open file description: other processes with
         // this pipe or terminal share stderr's, but not this one.
         let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         match File::options().write(true).custom_flags(flags.bits()).open("/proc/self/fd/2") {
-            Ok(own) => Ok(Self::Direct(own)),
+            Ok(own) => Ok(Self::Direct(own.into())),
             // Another user's terminal. poll(2) reports room for as little as 1 byte, and write(2)
             // then blocks for the rest of the line; a pipe with room takes PIPE_BUF bytes.
             Err(_) if kind.is_char_device() => Ok(Self::Thread(Writer::start("log", stderr)?)),
-            Err(_) => Ok(Self::Direct(stderr)),
+            Err(_) => Ok(Self::Direct(stderr.into())),
         }
     }
 
     /// Writes a whole line, or as much of it as stderr takes at once.
     pub fn put(&self, line: &[u8]) {
         let stderr = match self {
-            Self::Direct(stderr) => stderr,
+            Self::Direct(stderr) => &*stderr.lock().unwrap_or_else(PoisonError::into_inner),
             Self::Thread(writer) => return writer.put(line),
         };
         for part in line.chunks(PIPE_BUF) {

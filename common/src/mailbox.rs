@@ -1,6 +1,6 @@
 //! A mailbox: how other threads reach an event loop (since v08).
 //!
-//! It is a queue, and an eventfd(2) that is readable while there may be something in the queue. So the
+//! It is a queue, and an eventfd(2) that becomes readable when something was put into the queue. So the
 //! loop waits for letters where it waits for everything else, and sleeps while there are none.
 
 use std::io;

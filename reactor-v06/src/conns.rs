@@ -32,10 +32,10 @@ pub struct Conns {
     clients: HashMap<Token, Box<Client>>,
 }
 
-/// One client, and its permit, which goes back when this is dropped.
+/// One client, and its permit, which goes back when this is dropped, before the socket is closed.
 struct Client {
-    conn: TcpConn,
     permit: Permit,
+    conn: TcpConn,
 }
 
 impl Conns {
@@ -53,7 +53,7 @@ impl Conns {
     ) -> Result<()> {
         let callbacks = Callbacks { read: Some(conn_rd_callback), write: Some(conn_wt_callback) };
         match TcpConn::new(event_loop, stream, peer, &self.pool, callbacks) {
-            Ok(conn) => self.keep(event_loop, Box::new(Client { conn, permit }))?,
+            Ok(conn) => self.keep(event_loop, Box::new(Client { permit, conn }))?,
             Err(err) => warn!("{peer}: dropped: {err}"),
         }
         Ok(())

@@ -34,10 +34,10 @@ pub struct Conns {
     clients: HashMap<Token, Box<Client>>,
 }
 
-/// One client, and its permit, which goes back when this is dropped.
+/// One client, and its permit, which goes back when this is dropped, before the socket is closed.
 struct Client {
-    conn: TcpConn,
     permit: Permit,
+    conn: TcpConn,
 }
 
 impl Conns {
@@ -57,7 +57,7 @@ impl Conns {
         match TcpConn::new(event_loop, stream, peer, &self.pool, callbacks) {
             Ok(conn) => {
                 let token = conn.token;
-                self.clients.insert(token, Box::new(Client { conn, permit }));
+                self.clients.insert(token, Box::new(Client { permit, conn }));
                 self.with_conn(event_loop, token, |conn, event_loop, service| {
                     conn.do_start(event_loop, |conn| service.hooks.on_conn_start(conn))
                 })?;

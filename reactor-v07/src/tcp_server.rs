@@ -17,7 +17,7 @@ use crate::conns::{Conns, Service};
 /// The limit on all buffers together, in bytes. A connection that would exceed it is dropped.
 const POOL_CAP: usize = 1 << 30;
 
-/// The maximum number of accepts per event, so that a burst cannot starve connected clients.
+/// The maximum number of accepts per event, so that a burst cannot starve the other fds.
 const ACCEPTS_PER_EVENT: usize = 64;
 
 /// How long a shutdown may take to serve what has arrived.

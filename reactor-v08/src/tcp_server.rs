@@ -16,14 +16,14 @@ use tracing::{debug, info, trace};
 use crate::conns::Service;
 use crate::worker::{NewConn, Workers};
 
-/// The limit on all buffers together, in bytes. Each worker gets an equal share, and a connection that
-/// would exceed that is dropped.
+/// The limit on all buffers together, in bytes. The workers share it equally, but for [`ACCEPTOR_CAP`]. A
+/// connection that would exceed its worker's share is dropped.
 const POOL_CAP: usize = 1 << 30;
 
 /// The share of the accepting loop, in bytes: a block for each refused client that may be closing.
 const ACCEPTOR_CAP: usize = 1024 * 4096;
 
-/// The maximum number of accepts per event, so that a burst cannot starve connected clients.
+/// The maximum number of accepts per event, so that a burst cannot starve the other fds.
 const ACCEPTS_PER_EVENT: usize = 64;
 
 /// How long a shutdown may take to serve what has arrived.
@@ -103,7 +103,7 @@ impl TcpServer {
     ) -> Result<()> {
         debug!("{peer}: connected, fd {}", stream.as_raw_fd());
         let refused = match self.limit.try_take() {
-            Some(permit) => self.workers.hand_over(NewConn { stream, peer, permit }),
+            Some(permit) => self.workers.hand_over(NewConn { permit, stream, peer }),
             None => Some(stream),
         };
         let Some(stream) = refused else { return Ok(()) };

@@ -17,9 +17,9 @@ use crate::tcp_server::GRACE;
 
 /// A client on its way from the thread that accepts to the one that serves.
 pub struct NewConn {
+    pub permit: Permit,
     pub stream: TcpStream,
     pub peer: SocketAddr,
-    pub permit: Permit,
 }
 
 /// The state of a worker's loop.
@@ -45,7 +45,7 @@ impl Worker {
             event_loop.stop();
             return Ok(());
         };
-        for NewConn { stream, peer, permit } in letters {
+        for NewConn { permit, stream, peer } in letters {
             self.conns.add_conn(event_loop, stream, peer, permit)?;
         }
         Ok(())
