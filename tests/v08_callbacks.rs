@@ -131,9 +131,10 @@ fn a_full_mailbox_is_passed_over() {
     let mut blocked = vec![served(server.addr), served(server.addr)];
     write(&blocked[0], &frame(5, b"blocks"));
     // Every second client waits in the mailbox of the blocked worker.
+    let mut others = Vec::new();
     for _ in 0..CAPACITY {
         blocked.push(connect(server.addr));
-        served(server.addr);
+        others.push(served(server.addr));
     }
     for _ in 0..10 {
         served(server.addr);
@@ -151,7 +152,7 @@ fn a_full_mailbox_is_passed_over() {
     go_on.send(()).unwrap();
     blocked[..2].iter().for_each(|client| assert_eq!(read_to_end(client), frame(5, b"blocks")));
     blocked[2..].iter().for_each(|client| assert_eq!(read_to_end(client), frame(1, b"hello")));
-    drop(blocked);
+    drop((blocked, others));
     thread.join().unwrap().unwrap();
 }
 
