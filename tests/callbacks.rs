@@ -41,6 +41,7 @@ fn a_start_hook_that_fails_ends_that_connection_alone() {
     }));
     // The first client is the one that tries whether it listens.
     let addr = start(echo(), hooks);
+    wait_until("it has started", || started.load(Ordering::SeqCst) == 1);
     let fails = harness::connect(addr);
     assert_eq!(read_to_end(&fails), frame(101, b"welcome"));
     let good = harness::connect(addr);

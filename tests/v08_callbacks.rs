@@ -122,8 +122,7 @@ fn a_callback_that_blocks_does_not_delay_the_clients_of_another_worker() {
     server.stop().unwrap();
 }
 
-/// And if all mailboxes are full, the client is refused. What waits in a mailbox when the server stops
-/// is served.
+/// And if all are full, clients wait in the backlog: none is refused below the limit.
 #[test]
 fn a_full_mailbox_is_passed_over() {
     let (router, go_on) = blocking();
@@ -140,19 +139,38 @@ fn a_full_mailbox_is_passed_over() {
         served(server.addr);
     }
     write(&blocked[1], &frame(5, b"blocks"));
-    for _ in 0..CAPACITY {
+    for _ in 0..CAPACITY + 500 {
         blocked.push(connect(server.addr));
     }
-    assert_eq!(read_to_end(&connect(server.addr)), frame(-1, b"server is full"));
     for client in &blocked[2..] {
         write(client, &frame(1, b"hello"));
     }
-    let thread = thread::spawn(|| server.stop());
+    assert_silent(&blocked[blocked.len() - 1]);
     go_on.send(()).unwrap();
     go_on.send(()).unwrap();
-    blocked[..2].iter().for_each(|client| assert_eq!(read_to_end(client), frame(5, b"blocks")));
-    blocked[2..].iter().for_each(|client| assert_eq!(read_to_end(client), frame(1, b"hello")));
+    blocked[..2].iter().for_each(|client| assert_eq!(read(client, 14), frame(5, b"blocks")));
+    blocked[2..].iter().for_each(|client| assert_eq!(read(client, 13), frame(1, b"hello")));
     drop((blocked, others));
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_client_that_is_in_a_mailbox_when_the_server_stops_is_served() {
+    let (router, go_on) = blocking();
+    let server = Running::start(1, router, Hooks::new());
+    let blocks = served(server.addr);
+    write(&blocks, &frame(5, b"blocks"));
+    let waiting: Vec<TcpStream> = (0..100).map(|_| connect(server.addr)).collect();
+    waiting.iter().for_each(|client| write(client, &frame(1, b"hello")));
+    assert_silent(&waiting[99]);
+    let thread = thread::spawn(|| server.stop());
+    // The acceptor has closed its listening socket, and then tells the worker.
+    let addr = blocks.peer_addr().unwrap();
+    wait_until("it no longer listens", || TcpStream::connect(addr).is_err());
+    go_on.send(()).unwrap();
+    assert_eq!(read_to_end(&blocks), frame(5, b"blocks"));
+    waiting.iter().for_each(|client| assert_eq!(read_to_end(client), frame(1, b"hello")));
+    drop((blocks, waiting));
     thread.join().unwrap().unwrap();
 }
 

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use nix::errno::Errno;
@@ -36,6 +36,8 @@ struct Bell {
     fd: EventFd,
     /// Not a letter, because a stop has to get past a full queue.
     stopped: AtomicBool,
+    /// How many letters are in the queue, which does not tell.
+    queued: AtomicUsize,
 }
 
 /// A letter that the mailbox has not taken: it is full, or the loop has ended (since v08).
@@ -47,7 +49,8 @@ pub struct NotPosted<M>(pub M);
 /// Any eventfd(2) error, typically EMFILE.
 pub fn mailbox<M>() -> io::Result<(Mailbox<M>, Inbox<M>)> {
     let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-    let bell = Arc::new(Bell { fd, stopped: AtomicBool::new(false) });
+    let (stopped, queued) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let bell = Arc::new(Bell { fd, stopped, queued });
     let (sender, receiver) = sync_channel(CAPACITY);
     let inbox = Inbox { letters: receiver, bell: Arc::clone(&bell), token: Token::default() };
     Ok((Mailbox { letters: sender, bell }, inbox))
@@ -66,12 +69,21 @@ impl<M> Mailbox<M> {
     /// # Errors
     /// The mailbox is full, or the loop has ended. The letter comes back in the error.
     pub fn post(&self, letter: M) -> Result<(), NotPosted<M>> {
-        self.letters.try_send(letter).map_err(|err| match err {
-            TrySendError::Full(letter) | TrySendError::Disconnected(letter) => NotPosted(letter),
+        // Before it is posted, because the loop may take it at once.
+        self.bell.queued.fetch_add(1, Ordering::Relaxed);
+        self.letters.try_send(letter).map_err(|err| {
+            self.bell.queued.fetch_sub(1, Ordering::Relaxed);
+            let (TrySendError::Full(letter) | TrySendError::Disconnected(letter)) = err;
+            NotPosted(letter)
         })?;
         // After the letter: a loop that woke up before would find nothing, and sleep on.
         self.bell.ring();
         Ok(())
+    }
+
+    /// Whether the next letter would not be taken, as far as this thread can know.
+    pub fn is_full(&self) -> bool {
+        self.bell.queued.load(Ordering::Relaxed) >= CAPACITY
     }
 
     /// Tells the loop to stop once it has taken all letters. Gets past a full mailbox.
@@ -84,6 +96,15 @@ impl<M> Mailbox<M> {
 impl<M> Clone for Mailbox<M> {
     fn clone(&self) -> Self {
         Self { letters: self.letters.clone(), bell: Arc::clone(&self.bell) }
+    }
+}
+
+/// Stops the loop of its mailbox when it is dropped, even by a panic (since v08).
+pub struct StopOnDrop<M>(pub Mailbox<M>);
+
+impl<M> Drop for StopOnDrop<M> {
+    fn drop(&mut self) {
+        self.0.stop();
     }
 }
 
@@ -125,6 +146,7 @@ impl<M> Inbox<M> {
         // Also before: what was posted before the stop is in the queue by now.
         let stopped = self.bell.stopped.load(Ordering::Acquire);
         let letters: Vec<M> = self.letters.try_iter().take(LETTERS_PER_EVENT).collect();
+        self.bell.queued.fetch_sub(letters.len(), Ordering::Relaxed);
         if stopped && letters.is_empty() {
             return Ok(None);
         }

@@ -75,12 +75,14 @@ fn a_full_mailbox_gives_the_letter_back_and_a_stop_gets_past_it() {
     let (mailbox, inbox) = mailbox().unwrap();
     let (mut event_loop, mut state) = with_loop(inbox);
     (0..CAPACITY as u64).for_each(|n| assert!(mailbox.post(n).is_ok()));
+    assert!(mailbox.is_full());
     assert_eq!(mailbox.post(77).map_err(|err| err.0), Err(77));
     mailbox.clone().stop();
     event_loop.event_process(&mut state).unwrap();
     // One event takes a few, and the bell rings for the rest.
     assert_eq!(state.batches, CAPACITY / 64);
     assert_eq!(state.letters, (0..CAPACITY as u64).collect::<Vec<_>>());
+    assert!(!mailbox.is_full());
     drop(state);
     assert_eq!(mailbox.post(78).map_err(|err| err.0), Err(78), "the loop has ended");
 }

@@ -74,7 +74,9 @@ impl TcpServer {
             if self.limit.makes_wait() {
                 return Ok(event_loop.set_interest(listener, self.token, Interest::NONE)?);
             }
-            match listener.accept() {
+            // While all mailboxes are full, clients wait in the backlog, as when the fds run out.
+            let full = self.workers.are_full();
+            match if full { Accepted::Exhausted } else { listener.accept() } {
                 Accepted::Client(stream, peer) => self.add_conn(event_loop, stream, peer)?,
                 Accepted::WouldBlock => break,
                 Accepted::Exhausted => {

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use common::buf_pool::BufPool;
 use common::event_loop::{EventLoop, Token};
 use common::limit::{Permit, Timeouts};
-use common::mailbox::{Inbox, Mailbox, mailbox};
+use common::mailbox::{Inbox, Mailbox, StopOnDrop, mailbox};
 use tracing::{debug, info, trace};
 
 use crate::conns::{Conns, Service};
@@ -74,15 +74,6 @@ pub struct Workers {
     next: usize,
 }
 
-/// Tells the accepting thread that a worker has ended, even by a panic.
-struct Farewell(Mailbox<()>);
-
-impl Drop for Farewell {
-    fn drop(&mut self) {
-        self.0.stop();
-    }
-}
-
 impl Workers {
     /// Starts `n` threads, which share `pool_cap`. When one ends, it stops the loop of `ended`.
     pub fn start(
@@ -95,7 +86,7 @@ impl Workers {
         let (service, mut threads) = (Arc::new(service), Vec::new());
         for number in 0..n {
             let (mailbox, inbox) = mailbox().context("cannot create a mailbox")?;
-            let (service, farewell) = (Arc::clone(&service), Farewell(ended.clone()));
+            let (service, farewell) = (Arc::clone(&service), StopOnDrop(ended.clone()));
             let thread = thread::Builder::new().name(format!("worker-{number}"));
             let thread = thread.spawn(move || {
                 let _farewell = farewell;
@@ -104,6 +95,11 @@ impl Workers {
             threads.push((mailbox, thread.context("cannot start a thread")?));
         }
         Ok(Self { threads, next: 0 })
+    }
+
+    /// Whether all mailboxes are full.
+    pub fn are_full(&self) -> bool {
+        self.threads.iter().all(|(mailbox, _)| mailbox.is_full())
     }
 
     /// Hands a client over to the next worker, or if its mailbox is full, to the one after it. If all
