@@ -115,13 +115,13 @@ impl Target {
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
         let target = Self { child, addr };
         if let Some(cpu) = cpu {
-            pin(target.pid()?, cpu)?;
+            // sched_setaffinity(2) is about one thread, and threads inherit it only from then on.
+            for task in fs::read_dir(format!("/proc/{}/task", target.child.id()))? {
+                let id = task?.file_name().to_string_lossy().parse()?;
+                pin(Pid::from_raw(id), cpu)?;
+            }
         }
         Ok(target)
-    }
-
-    fn pid(&self) -> anyhow::Result<Pid> {
-        Ok(Pid::from_raw(self.child.id().try_into()?))
     }
 
     /// The CPU time that all its threads have used.
@@ -157,7 +157,7 @@ impl Drop for Target {
     }
 }
 
-/// Binds a process, or this one if `pid` is 0, to one processor.
+/// Binds a thread, or this one if `pid` is 0, to one processor.
 ///
 /// # Errors
 /// The process may not use this processor.
