@@ -6,11 +6,13 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use harness::{Process, frame, pattern, read, run_command, run_with_input, write};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt::RcvBuf, sockopt::TcpMaxSeg};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v04-client");
@@ -491,8 +493,13 @@ fn waits_for_a_full_standard_output_even_in_non_blocking_mode() {
     let (mut reader, writer) = pipe();
     nix::fcntl::fcntl(&writer, nix::fcntl::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK)).unwrap();
     let stdin = pipe_with(b"a line\n".repeat(100_000));
-    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(writer));
-    harness::wait_until("it waits", || process.cpu() > Duration::ZERO && is_asleep(&process));
+    let stdout = writer.try_clone().unwrap();
+    let mut process = Process::start(client(addr, &[]).stdin(stdin).stdout(stdout));
+    harness::wait_until("the pipe is full", || {
+        poll(&mut [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)], PollTimeout::ZERO) == Ok(0)
+    });
+    drop(writer);
+    harness::wait_until("it waits", || is_asleep(&process));
     let mut replies = Vec::new();
     reader.read_to_end(&mut replies).unwrap();
     assert!(replies == b"id=1 len=6 a line\n".repeat(100_000));
