@@ -65,13 +65,16 @@ impl FromStr for Addr {
     /// One line with the reason and an example of what is expected.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let hint = "expected HOST:PORT, as in 127.0.0.1:7777, [::1]:7777 or localhost:7777";
-        let resolved = with_scope_number(text)?.to_socket_addrs();
-        let resolved: Vec<_> = resolved.map_err(|err| format!("{err}; {hint}"))?.collect();
-        if resolved.is_empty() {
-            return Err(format!("the name has no address; {hint}"));
-        }
+        let resolved = resolve(text).map_err(|err| format!("{err}; {hint}"))?;
         Ok(Self { text: text.to_owned(), resolved })
     }
+}
+
+/// At least one address, or the reason why there is none.
+pub(crate) fn resolve(text: &str) -> Result<Vec<SocketAddr>, String> {
+    let resolved = with_scope_number(text)?.to_socket_addrs();
+    let resolved: Vec<_> = resolved.map_err(|err| err.to_string())?.collect();
+    if resolved.is_empty() { Err("the name has no address".to_owned()) } else { Ok(resolved) }
 }
 
 /// Turns `[fe80::1%eth0]:7777` into `[fe80::1%2]:7777`: std takes a network interface by number
@@ -147,7 +150,10 @@ pub fn parse_seconds(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// One line that says what is expected.
 pub fn parse_limit(text: &str) -> Result<Duration, String> {
-    if text.parse() == Ok(0.0) { Ok(Duration::ZERO) } else { parse_seconds(text) }
+    if text.parse() == Ok(0.0) {
+        return Ok(Duration::ZERO);
+    }
+    parse_seconds(text).map_err(|_| "expected a number of seconds, 0 to 86400".to_owned())
 }
 
 /// Standard output without std's buffer (since v04). A write waits for room even in non-blocking

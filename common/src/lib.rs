@@ -19,6 +19,7 @@
 //! | [`tcp_client`]  | v06   | `TcpClient`: the other end, with the same connection and router  |
 //! | [`hooks`]       | v07   | `Hooks`: callbacks for the start and the end of each connection  |
 //! | [`mailbox`]     | v08   | `Mailbox`: how other threads reach an event loop                 |
+//! | `config`        | v09   | `Config`: the options, also from an INI file                     |
 
 #![warn(missing_docs)]
 
@@ -34,6 +35,8 @@ pub mod buf_pool;
 pub mod cli;
 #[cfg(target_os = "linux")]
 pub mod closing;
+#[cfg(all(target_os = "linux", feature = "config"))]
+pub mod config;
 #[cfg(target_os = "linux")]
 pub mod event_loop;
 #[cfg(target_os = "linux")]

@@ -60,8 +60,8 @@ pub struct Timeouts {
     #[arg(long, value_name = "SECONDS", default_value = "0", value_parser = cli::parse_limit)]
     pub idle_timeout: Duration,
 
-    /// Close a connection if a message takes longer than this to arrive
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = cli::parse_seconds)]
+    /// Close a connection if a message takes longer than this to arrive; 0 means never
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = cli::parse_limit)]
     pub frame_timeout: Duration,
 }
 
@@ -77,22 +77,23 @@ pub enum TimeUp {
 impl Timeouts {
     /// Which timeout `conn` has exceeded, if any. An incomplete message is logged.
     pub fn check(&self, conn: &TcpConn, now: Instant) -> Option<TimeUp> {
-        let exceeds = |limit: Duration, since: Instant| now.duration_since(since) >= limit;
+        let exceeds = |limit: Duration, since: Instant| {
+            !limit.is_zero() && now.duration_since(since) >= limit
+        };
         if conn.incomplete_since().is_some_and(|since| exceeds(self.frame_timeout, since)) {
             let limit = self.frame_timeout;
             warn!("{}: closed: message incomplete after {limit:?}", conn.peer);
             return Some(TimeUp::Frame);
         }
-        let idle = !self.idle_timeout.is_zero() && exceeds(self.idle_timeout, conn.last_active());
-        idle.then_some(TimeUp::Idle)
+        exceeds(self.idle_timeout, conn.last_active()).then_some(TimeUp::Idle)
     }
 
     /// When to check `conn` next, if a timeout applies to it: after a quarter of that timeout, but no
     /// sooner than a second from now.
     fn next_check(&self, conn: &TcpConn) -> Option<Duration> {
-        let idle = Some(self.idle_timeout).filter(|timeout| !timeout.is_zero());
-        let timeouts = [idle, conn.incomplete_since().map(|_| self.frame_timeout)];
-        let shorter = timeouts.into_iter().flatten().min()?;
+        let timeouts =
+            [Some(self.idle_timeout), conn.incomplete_since().map(|_| self.frame_timeout)];
+        let shorter = timeouts.into_iter().flatten().filter(|timeout| !timeout.is_zero()).min()?;
         Some((shorter / 4).max(Duration::from_secs(1)))
     }
 }
@@ -109,6 +110,12 @@ impl Sweep {
     /// Creates a sweep without a timer: [`watch`](Self::watch) sets it.
     pub fn new(timeouts: Timeouts) -> Self {
         Self { timeouts, timer: None }
+    }
+
+    /// Replaces the timeouts (since v09). All connections have to be checked afterwards.
+    pub fn set_timeouts<S>(&mut self, event_loop: &mut EventLoop<S>, timeouts: Timeouts) {
+        self.timer.take().inspect(|(_, timer)| event_loop.cancel_timer(*timer));
+        self.timeouts = timeouts;
     }
 
     /// If a timeout applies to `conn`, makes sure that `callback` is called in time to check it. Call
@@ -142,11 +149,14 @@ impl Sweep {
 pub struct Limit {
     places: Arc<Places>,
     when_full: WhenFull,
+    /// How many loops there are, and how many connections may be closing on them.
+    loops: usize,
+    closing: usize,
     token: Token,
 }
 
 struct Places {
-    max: usize,
+    max: AtomicUsize,
     taken: AtomicUsize,
     /// Whether `bell` is to ring when a place becomes free.
     awaited: AtomicBool,
@@ -171,26 +181,43 @@ impl Limit {
         event_loop: &mut EventLoop<S>,
         callback: IoCallback<S>,
     ) -> io::Result<Self> {
-        let (max, (fds, _)) = (limits.max_conns.get(), getrlimit(Resource::RLIMIT_NOFILE)?);
+        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let (max, taken, awaited) = Default::default();
+        let places = Arc::new(Places { max, taken, awaited, bell });
+        let callbacks = Callbacks { read: Some(callback), write: None };
+        let token = event_loop.add_io_event(&places.bell, Interest::READ, callbacks)?;
         let closing = loops * event_loop.close_limits.at_once;
+        let mut limit = Self { places, when_full: limits.when_full, loops, closing, token };
+        limit.set(limits)?;
+        Ok(limit)
+    }
+
+    /// Changes the limit (since v09). A lower one closes no connection; it only keeps new ones out.
+    /// Logs the same warning as [`new`](Self::new).
+    ///
+    /// # Errors
+    /// Any getrlimit(2) error; none is known.
+    pub fn set(&mut self, limits: &Limits) -> io::Result<()> {
+        let (max, (fds, _)) = (limits.max_conns.get(), getrlimit(Resource::RLIMIT_NOFILE)?);
         // Each loop has an epoll instance, and an eventfd or two.
-        if max.saturating_add(closing + 2 * loops + OTHER_FDS) as u64 > fds {
+        let needed = max.saturating_add(self.closing + 2 * self.loops + OTHER_FDS);
+        if self.places.max.swap(max, Ordering::SeqCst) != max && needed as u64 > fds {
+            let closing = self.closing;
             warn!(
                 "{max} connections and {closing} closing ones need more fds than {fds} (ulimit -n)"
             );
         }
-        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let (taken, awaited) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let places = Arc::new(Places { max, taken, awaited, bell });
-        let callbacks = Callbacks { read: Some(callback), write: None };
-        let token = event_loop.add_io_event(&places.bell, Interest::READ, callbacks)?;
-        Ok(Self { places, when_full: limits.when_full, token })
+        self.when_full = limits.when_full;
+        // A client that waits may have a place now, or be refused.
+        self.places.ring_if_awaited();
+        Ok(())
     }
 
     /// Takes a place if one is free. Checking and counting are one step, so threads can share it.
     pub fn try_take(&self) -> Option<Permit> {
         let Places { max, taken, .. } = &*self.places;
-        let free = |n: usize| (n < *max).then_some(n + 1);
+        let max = max.load(Ordering::SeqCst);
+        let free = |n: usize| (n < max).then_some(n + 1);
         taken.fetch_update(Ordering::SeqCst, Ordering::SeqCst, free).ok()?;
         Some(Permit(Arc::clone(&self.places)))
     }
@@ -206,11 +233,10 @@ impl Limit {
     /// Whether the next client has to wait: no place is free, and waiting is what was chosen. If so,
     /// the registered callback is called once a place is free.
     pub fn makes_wait(&self) -> bool {
-        let Places { max, taken, awaited, .. } = &*self.places;
-        if self.when_full == WhenFull::Refuse || taken.load(Ordering::SeqCst) < *max {
+        if self.when_full == WhenFull::Refuse || self.places.are_free() {
             return false;
         }
-        awaited.store(true, Ordering::SeqCst);
+        self.places.awaited.store(true, Ordering::SeqCst);
         // A permit dropped in between did not ring.
         self.places.ring_if_free();
         true
@@ -251,10 +277,18 @@ pub fn refuse<S>(
 }
 
 impl Places {
+    fn are_free(&self) -> bool {
+        self.taken.load(Ordering::SeqCst) < self.max.load(Ordering::SeqCst)
+    }
+
     fn ring_if_free(&self) {
-        if self.taken.load(Ordering::SeqCst) < self.max
-            && self.awaited.swap(false, Ordering::SeqCst)
-        {
+        if self.are_free() {
+            self.ring_if_awaited();
+        }
+    }
+
+    fn ring_if_awaited(&self) {
+        if self.awaited.swap(false, Ordering::SeqCst) {
             // It could only fail after 2^64 - 2 rings, and it is readable then.
             let _ = self.bell.write(1);
         }

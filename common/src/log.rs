@@ -112,6 +112,7 @@ impl Log {
 
 /// Lines for a thread to write, which may block (since v01). They are written whole, or dropped if
 /// the thread is a mebibyte behind.
+#[derive(Clone)]
 pub struct Writer {
     lines: Sender<Vec<u8>>,
     unwritten: Arc<AtomicUsize>,

@@ -4,9 +4,9 @@
 //! loop waits for letters where it waits for everything else, and sleeps while there are none.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -19,21 +19,24 @@ pub const CAPACITY: usize = 1024;
 /// How many letters the loop takes per event, so that its fds get their turn.
 const LETTERS_PER_EVENT: usize = 64;
 
-/// The sending end (since v08). Clones lead to the same inbox.
-pub struct Mailbox<M> {
+/// The sending end (since v08), for letters `M` and, since v09, notices `N`. Clones lead to the same
+/// inbox.
+pub struct Mailbox<M, N = ()> {
     letters: SyncSender<M>,
-    bell: Arc<Bell>,
+    bell: Arc<Bell<N>>,
 }
 
 /// The receiving end, in the thread of the loop (since v08).
-pub struct Inbox<M> {
+pub struct Inbox<M, N = ()> {
     letters: Receiver<M>,
-    bell: Arc<Bell>,
+    bell: Arc<Bell<N>>,
     token: Token,
 }
 
-struct Bell {
+struct Bell<N> {
     fd: EventFd,
+    /// Beside the queue too, and only the latest.
+    notice: Mutex<Option<N>>,
     /// Not a letter, because a stop has to get past a full queue.
     stopped: AtomicBool,
     /// How many letters are in the queue, which does not tell.
@@ -47,23 +50,28 @@ pub struct NotPosted<M>(pub M);
 ///
 /// # Errors
 /// Any eventfd(2) error, typically EMFILE.
-pub fn mailbox<M>() -> io::Result<(Mailbox<M>, Inbox<M>)> {
+pub fn mailbox<M, N>() -> io::Result<(Mailbox<M, N>, Inbox<M, N>)> {
     let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-    let (stopped, queued) = (AtomicBool::new(false), AtomicUsize::new(0));
-    let bell = Arc::new(Bell { fd, stopped, queued });
+    let (notice, stopped, queued) = Default::default();
+    let bell = Arc::new(Bell { fd, notice, stopped, queued });
     let (sender, receiver) = sync_channel(CAPACITY);
     let inbox = Inbox { letters: receiver, bell: Arc::clone(&bell), token: Token::default() };
     Ok((Mailbox { letters: sender, bell }, inbox))
 }
 
-impl Bell {
+impl<N> Bell<N> {
+    /// The notice is replaced as a whole, so a thread that panicked has not left half of one.
+    fn notice(&self) -> MutexGuard<'_, Option<N>> {
+        self.notice.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn ring(&self) {
         // It could only fail after 2^64 - 2 rings, and it is readable then.
         let _ = self.fd.write(1);
     }
 }
 
-impl<M> Mailbox<M> {
+impl<M, N> Mailbox<M, N> {
     /// Posts a letter. Never waits: two loops that waited for each other would do so forever.
     ///
     /// # Errors
@@ -86,6 +94,13 @@ impl<M> Mailbox<M> {
         self.bell.queued.load(Ordering::Relaxed) >= CAPACITY
     }
 
+    /// Puts up a notice (since v09). It gets past a full mailbox: it is not put into the queue, but in
+    /// place of an earlier notice that the loop has not taken.
+    pub fn put_up(&self, notice: N) {
+        *self.bell.notice() = Some(notice);
+        self.bell.ring();
+    }
+
     /// Tells the loop to stop once it has taken all letters. Gets past a full mailbox.
     pub fn stop(&self) {
         self.bell.stopped.store(true, Ordering::Release);
@@ -93,7 +108,7 @@ impl<M> Mailbox<M> {
     }
 }
 
-impl<M> Clone for Mailbox<M> {
+impl<M, N> Clone for Mailbox<M, N> {
     fn clone(&self) -> Self {
         Self { letters: self.letters.clone(), bell: Arc::clone(&self.bell) }
     }
@@ -108,7 +123,7 @@ impl<M> Drop for StopOnDrop<M> {
     }
 }
 
-impl<M> Inbox<M> {
+impl<M, N> Inbox<M, N> {
     /// From now on `callback` is called when letters may have arrived, or when the loop is to stop.
     ///
     /// # Errors
@@ -154,5 +169,11 @@ impl<M> Inbox<M> {
             self.bell.ring();
         }
         Ok(Some(letters))
+    }
+
+    /// Takes the notice, if there is a new one (since v09). Call it after [`take`](Self::take), which
+    /// silences the bell.
+    pub fn take_notice(&self) -> Option<N> {
+        self.bell.notice().take()
     }
 }

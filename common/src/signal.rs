@@ -23,9 +23,18 @@ impl StopSignals {
     /// # Errors
     /// Any signalfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn register<S>(event_loop: &mut EventLoop<S>) -> io::Result<Self> {
+        Self::with_reload(event_loop, false)
+    }
+
+    /// Like [`register`](Self::register), for a server in which SIGHUP may mean something else: see
+    /// [`are_hangups`](Self::are_hangups) (since v09).
+    ///
+    /// # Errors
+    /// As [`register`](Self::register).
+    pub fn with_reload<S>(event_loop: &mut EventLoop<S>, reload: bool) -> io::Result<Self> {
         let mut blocked = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
         // Ignored under nohup(1), but signalfd(2) would report it anyway.
-        if !is_ignored(Signal::SIGHUP) {
+        if reload || !is_ignored(Signal::SIGHUP) {
             blocked.add(Signal::SIGHUP);
         }
         blocked.thread_block()?;
@@ -33,6 +42,20 @@ impl StopSignals {
         let callbacks = Callbacks { read: Some(EventLoop::stop_callback), write: None };
         let token = event_loop.add_io_event(&fd, Interest::READ, callbacks)?;
         Ok(Self { blocked, fd, token })
+    }
+
+    /// Takes the signals that have stopped the loop. Returns whether there was SIGHUP and no other
+    /// (since v09).
+    ///
+    /// # Errors
+    /// Any read(2) error; none is known.
+    pub fn are_hangups(&mut self) -> io::Result<bool> {
+        let mut signals = Vec::new();
+        while let Some(signal) = self.fd.read_signal()? {
+            signals.push(signal.ssi_signo);
+        }
+        let is_hangup = |signal: &u32| *signal == Signal::SIGHUP as u32;
+        Ok(!signals.is_empty() && signals.iter().all(is_hangup))
     }
 
     /// Discards pending signals and restores their default effect, so that a second Ctrl-C ends the

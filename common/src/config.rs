@@ -1,0 +1,263 @@
+//! The configuration file: an INI file, as in the C++ course (since v09).
+//!
+//! ```text
+//! [reactor]
+//! ip = 127.0.0.1
+//! port = 7777
+//! maxConn = 10000
+//! threadNum = 4
+//! ```
+//!
+//! Each key is another name for an option of the command line, so clap checks its values.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::error::Error;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::error::ContextKind;
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Parser};
+use ini_roundtrip::Item;
+use tracing::{info, warn};
+
+use crate::cli;
+
+/// The keys, and the option that each stands for (since v09). They are in the section `[reactor]`.
+pub const KEYS: [(&str, &str); 8] = [
+    ("ip", "addr"),
+    ("port", "addr"),
+    ("maxConn", "max-conns"),
+    ("threadNum", "threads"),
+    ("whenFull", "when-full"),
+    ("idleTimeout", "idle-timeout"),
+    ("frameTimeout", "frame-timeout"),
+    ("welcome", "welcome"),
+];
+
+/// The keys that only a restart can change (since v09).
+pub const FIXED_KEYS: [&str; 3] = ["ip", "port", "threadNum"];
+
+/// The longest file, in bytes.
+const MAX_LEN: u64 = 1 << 20;
+
+/// The options for a configuration file (since v09).
+#[derive(clap::Args)]
+pub struct ConfigArgs {
+    /// Read the settings from this file, and again on SIGHUP; options given here take precedence
+    #[arg(long = "config", value_name = "FILE")]
+    pub file: Option<PathBuf>,
+
+    /// Print the settings and where each comes from, and exit
+    #[arg(long = "print-config")]
+    pub print: bool,
+}
+
+/// The settings: each from the command line, else from the file, else the default (since v09).
+pub struct Config<A> {
+    /// The settings in the form of options.
+    pub args: A,
+    settings: [Setting; KEYS.len()],
+}
+
+#[derive(Clone)]
+struct Setting {
+    key: &'static str,
+    value: String,
+    source: &'static str,
+}
+
+/// The keys that a file contains, with their values.
+type Values = BTreeMap<&'static str, String>;
+
+impl<A: Parser> Config<A> {
+    /// Combines the command line, the file that it names with [`ConfigArgs`], and the defaults.
+    ///
+    /// # Errors
+    /// The file cannot be read, or has a mistake, even in a setting that the command line has too:
+    /// one line with the file, the line in it, the key, the value and what is wrong.
+    pub fn load() -> Result<Self> {
+        let given = A::command().try_get_matches()?;
+        let file = given.get_one::<PathBuf>("file");
+        let values = file.map_or(Ok(Values::new()), |path| read::<A>(path))?;
+        let addr = text(&given, "addr");
+        let (host, port) = addr.rsplit_once(':').unwrap_or((&addr, ""));
+        let get = |key, or| values.get(key).map_or(or, String::as_str);
+        let mut options = vec![format!("--addr={}", join(get("ip", host), get("port", port)))];
+        let rest = KEYS.iter().filter(|(_, option)| *option != "addr");
+        options.extend(
+            rest.filter_map(|(key, option)| Some(format!("--{option}={}", values.get(key)?))),
+        );
+        // The last one counts, which is that of the command line if there is one.
+        let mut command_line = env::args_os();
+        let program = command_line.next();
+        let all =
+            program.into_iter().chain(options.into_iter().map(Into::into)).chain(command_line);
+        let command = A::command().args_override_self(true);
+        let matches = command.try_get_matches_from(all).map_err(|err| anyhow!(reason(err)))?;
+        let settings = KEYS.map(|(key, option)| Setting {
+            key,
+            value: value(&matches, key, option),
+            source: match given.value_source(&id(option)) {
+                Some(ValueSource::CommandLine) => "argument",
+                _ if values.contains_key(key) => "file",
+                _ => "default",
+            },
+        });
+        Ok(Self { args: A::from_arg_matches(&matches)?, settings })
+    }
+
+    /// Reads the file again, and logs which settings have changed. Returns false after a mistake,
+    /// which is logged too; the settings are those from before then.
+    ///
+    /// If one of [`FIXED_KEYS`] has changed, a warning says so; here it keeps its value, though not
+    /// in [`args`](Self::args).
+    pub fn reload(&mut self) -> bool {
+        let mut new = match Self::load() {
+            Ok(new) => new,
+            Err(err) => {
+                warn!("no settings changed: {err:#}");
+                return false;
+            }
+        };
+        let (mut changed, mut fixed) = (Vec::new(), Vec::new());
+        for (old, new) in self.settings.iter().zip(&mut new.settings) {
+            if old.value != new.value && FIXED_KEYS.contains(&old.key) {
+                fixed.push(old.key);
+                new.clone_from(old);
+            } else if old.value != new.value {
+                changed.push(new.to_string());
+            }
+        }
+        info!(
+            "settings changed: {}",
+            if changed.is_empty() { "none".into() } else { changed.join(", ") }
+        );
+        if !fixed.is_empty() {
+            warn!("only a restart can change {}", fixed.join(", "));
+        }
+        *self = new;
+        true
+    }
+}
+
+/// One line for each setting: `maxConn = 10000 (default)`.
+impl<A> fmt::Display for Config<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.settings.iter().try_for_each(|setting| writeln!(f, "{setting}"))
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} = {}", self.key, escape(&self.value))?;
+        if !self.value.is_empty() {
+            f.write_str(" ")?;
+        }
+        write!(f, "({})", self.source)
+    }
+}
+
+/// The text of an option's value, or of its default.
+fn text(matches: &ArgMatches, option: &str) -> String {
+    let raw = matches.get_raw(&id(option)).and_then(|mut values| values.next());
+    raw.unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// How the value of a key is printed.
+fn value(matches: &ArgMatches, key: &str, option: &str) -> String {
+    let (text, limit) = (text(matches, option), matches.try_get_one::<Duration>(&id(option)));
+    match (key, text.rsplit_once(':')) {
+        ("ip", Some((host, _))) => host.trim_matches(['[', ']']).to_owned(),
+        ("port", Some((_, port))) => port.to_owned(),
+        _ if limit.is_ok_and(|limit| limit.is_some_and(Duration::is_zero)) => "off".to_owned(),
+        _ => text,
+    }
+}
+
+/// clap's name for an option.
+fn id(option: &str) -> String {
+    option.replace('-', "_")
+}
+
+/// An address as the option takes it, with an IPv6 address in brackets.
+fn join(host: &str, port: &str) -> String {
+    let brackets = host.contains(':') && !host.starts_with('[');
+    if brackets { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+fn read<A: Parser>(path: &Path) -> Result<Values> {
+    let text = read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (mut values, mut in_section) = (Values::new(), false);
+    let items = ini_roundtrip::Parser::new(text.strip_prefix('\u{feff}').unwrap_or(&text));
+    // Each item is a line, except for the end of a section.
+    for (item, line) in items.filter(|item| *item != Item::SectionEnd).zip(1..) {
+        // Of a long line only the beginning.
+        let place = |raw: &str| format!("{}:{line}: {:.80}", path.display(), escape(raw.trim()));
+        match item {
+            Item::Section { name: "reactor", .. } => in_section = true,
+            Item::Section { raw, .. } | Item::Error(raw) => {
+                bail!("{}: unknown section, expected [reactor]", place(raw))
+            }
+            Item::Property { raw, .. } if !in_section => {
+                bail!("{}: not in the section [reactor]", place(raw))
+            }
+            Item::Property { key, val: Some(value), raw } => {
+                add::<A>(&mut values, key, value).map_err(|why| anyhow!("{}: {why}", place(raw)))?
+            }
+            Item::Property { raw, .. } => bail!("{}: expected KEY = VALUE", place(raw)),
+            Item::Comment { .. } | Item::Blank { .. } | Item::SectionEnd => {}
+        }
+    }
+    Ok(values)
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    // A pipe might never end.
+    ensure!(fs::metadata(path)?.is_file(), "not a regular file");
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
+    ensure!(bytes.len() as u64 <= MAX_LEN, "larger than 1 MiB");
+    String::from_utf8(bytes).map_err(|err| {
+        let valid = &err.as_bytes()[..err.utf8_error().valid_up_to()];
+        anyhow!("line {} is not UTF-8", 1 + valid.iter().filter(|byte| **byte == b'\n').count())
+    })
+}
+
+/// Adds a value, if its option takes it.
+fn add<A: Parser>(values: &mut Values, key: &str, value: &str) -> Result<(), String> {
+    let known = KEYS.iter().find(|(name, _)| *name == key);
+    let (key, option) = known.ok_or_else(|| {
+        format!("unknown key, expected one of {}", KEYS.map(|(key, _)| key).join(", "))
+    })?;
+    let argument = format!("--{option}={value}");
+    match *key {
+        "ip" => cli::resolve(&join(value, "0")).map(drop)?,
+        "port" => value.parse::<u16>().map(drop).map_err(|_| "expected a port, 0 to 65535")?,
+        _ => A::command().try_get_matches_from(["", &argument]).map(drop).map_err(reason)?,
+    }
+    let twice = values.insert(key, value.to_owned()).is_some();
+    if twice { Err("the key is there twice".to_owned()) } else { Ok(()) }
+}
+
+/// What clap objects to, without the option that a user of the file does not see.
+fn reason(err: clap::Error) -> String {
+    match (err.source(), err.get(ContextKind::ValidValue)) {
+        (Some(source), _) => source.to_string(),
+        (_, Some(values)) => format!("expected one of {values}"),
+        _ => err.kind().to_string(),
+    }
+}
+
+/// On one line, whatever the text contains.
+fn escape(text: &str) -> String {
+    text.chars().fold(String::new(), |line, c| match c.is_control() {
+        true => line + &c.escape_default().to_string(),
+        false => line + c.encode_utf8(&mut [0; 4]),
+    })
+}
