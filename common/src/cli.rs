@@ -54,6 +54,11 @@ impl Addr {
     pub fn resolved(&self) -> &[SocketAddr] {
         &self.resolved
     }
+
+    /// Whether the port is 0, so that the kernel picks one (since v10).
+    pub fn picks_port(&self) -> bool {
+        self.resolved.iter().all(|addr| addr.port() == 0)
+    }
 }
 
 impl FromStr for Addr {

@@ -20,6 +20,7 @@
 //! | [`hooks`]       | v07   | `Hooks`: callbacks for the start and the end of each connection  |
 //! | [`mailbox`]     | v08   | `Mailbox`: how other threads reach an event loop                 |
 //! | `config`        | v09   | `Config`: the options, also from an INI file                     |
+//! | [`udp`]         | v10   | `UdpServer`, `UdpClient`: messages without a connection          |
 
 #![warn(missing_docs)]
 
@@ -65,3 +66,5 @@ pub mod signal;
 pub mod tcp_client;
 #[cfg(target_os = "linux")]
 pub mod tcp_conn;
+#[cfg(target_os = "linux")]
+pub mod udp;

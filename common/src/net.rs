@@ -64,15 +64,7 @@ impl Listener {
     /// EADDRINUSE if the port is taken, EADDRNOTAVAIL if the machine has none of the addresses,
     /// EINVAL if there are none; any other error of socket(2), bind(2) and listen(2).
     pub fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
-        let mut result = Err(Errno::EINVAL);
-        for addr in addrs {
-            result = listen_on(*addr);
-            // A port in use is a mistake to report, not a reason to listen elsewhere.
-            if !matches!(result, Err(Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)) {
-                break;
-            }
-        }
-        let socket = result?;
+        let socket = bind_first(addrs, listen_on)?;
         info!("listening on {}", socket.local_addr()?);
         Ok(Self { socket, exhausted: false })
     }
@@ -140,7 +132,25 @@ impl AsFd for Listener {
     }
 }
 
-fn listen_on(addr: SocketAddr) -> nix::Result<TcpListener> {
+/// Binds to the first of `addrs` that this machine has.
+pub(crate) fn bind_first<T>(
+    addrs: &[SocketAddr],
+    bind: impl Fn(SocketAddr) -> io::Result<T>,
+) -> io::Result<T> {
+    let mut result = Err(Errno::EINVAL.into());
+    for addr in addrs {
+        result = bind(*addr);
+        let code = result.as_ref().err().and_then(io::Error::raw_os_error);
+        // A port in use is a mistake to report, not a reason to listen elsewhere.
+        let errno = code.map(Errno::from_raw);
+        if !matches!(errno, Some(Errno::EADDRNOTAVAIL | Errno::EAFNOSUPPORT)) {
+            break;
+        }
+    }
+    result
+}
+
+fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
     let fd = tcp_socket(addr, SockFlag::empty())?;
     // Without this, bind fails while connections of an earlier server are in TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;

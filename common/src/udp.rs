@@ -1,0 +1,312 @@
+//! UDP: one datagram is one message, for the same callbacks as a connection (since v10).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::libc::{in_pktinfo, in6_pktinfo};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
+};
+use tracing::{debug, info, trace, warn};
+
+use crate::cli::Addr;
+use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
+use crate::limit::REPORT;
+use crate::message;
+use crate::net::{self, Listener};
+use crate::router::{MsgRouter, NetConnection};
+
+/// How many datagrams are read per event, so that a flood of them leaves the other fds their turn.
+const DATAGRAMS_PER_EVENT: usize = 64;
+
+/// No datagram is longer, in bytes.
+const MAX_DATAGRAM: usize = 65_535;
+
+/// A server's UDP socket (since v10).
+pub struct UdpServer {
+    socket: UdpSocket,
+    token: Token,
+    datagram: Box<[u8]>,
+    /// The local address that the datagram was sent to.
+    control: Vec<u8>,
+    /// Datagrams that were not a message with a callback, since the last report.
+    dropped: u64,
+    /// Replies that the kernel has not taken, since the last report.
+    unsent: u64,
+}
+
+/// Listens on the first of the addresses that this machine has, with TCP and with UDP (since v10).
+/// Port 0 picks a number that is free for both.
+///
+/// # Errors
+/// One line that says which of the two has failed. Typically EADDRINUSE: the port is taken.
+pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
+    // Those whose number TCP has taken stay open, so that the kernel picks another.
+    let mut tried = Vec::new();
+    loop {
+        let udp = UdpServer::bind(addr.resolved())
+            .with_context(|| format!("cannot listen on {addr} over UDP"))?;
+        match Listener::bind(&[udp.socket.local_addr()?]) {
+            Err(err) if err.kind() == io::ErrorKind::AddrInUse && addr.picks_port() => {
+                tried.push(udp);
+            }
+            tcp => return Ok((tcp.with_context(|| format!("cannot listen on {addr}"))?, udp)),
+        }
+    }
+}
+
+impl UdpServer {
+    fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
+        let socket = net::bind_first(addrs, UdpSocket::bind)?;
+        socket.set_nonblocking(true)?;
+        // Bound to all addresses of the machine, a reply would leave from any of them: a client that
+        // asked another one would not take it for an answer.
+        match socket.local_addr()? {
+            SocketAddr::V4(addr) => {
+                setsockopt(&socket, Ipv4PacketInfo, &addr.ip().is_unspecified())
+            }
+            SocketAddr::V6(addr) => {
+                setsockopt(&socket, Ipv6RecvPacketInfo, &addr.ip().is_unspecified())
+            }
+        }?;
+        let (token, dropped, unsent) = Default::default();
+        let control = cmsg_space!(in6_pktinfo);
+        let datagram = vec![0; MAX_DATAGRAM].into();
+        Ok(Self { socket, token, datagram, control, dropped, unsent })
+    }
+
+    /// From now on `callback` is called when datagrams have arrived.
+    ///
+    /// # Errors
+    /// Any epoll_ctl(2) error.
+    pub fn register<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        callback: IoCallback<S>,
+    ) -> io::Result<()> {
+        let callbacks = Callbacks { read: Some(callback), write: None };
+        self.token = event_loop.add_io_event(&self.socket, Interest::READ, callbacks)?;
+        Ok(())
+    }
+
+    /// Stops calling the callback.
+    ///
+    /// # Errors
+    /// NotFound if it is not registered; any epoll_ctl(2) error.
+    pub fn deregister<S>(&self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
+        event_loop.del_io_event(&self.socket, self.token)
+    }
+
+    /// Reads datagrams, at most 64, and calls the callback of each that is exactly one message. The
+    /// others are dropped. `report` is called a second after the first loss, and has to call
+    /// [`report`](Self::report).
+    ///
+    /// # Errors
+    /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback ends nothing.
+    pub fn do_read<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        router: &MsgRouter,
+        report: IoCallback<S>,
+    ) -> io::Result<()> {
+        let lost = self.dropped + self.unsent;
+        for _ in 0..DATAGRAMS_PER_EVENT {
+            match self.receive(router) {
+                Ok(()) => {}
+                Err(Errno::EAGAIN) => break,
+                Err(errno) => debug!("recvmsg: {errno}"),
+            }
+        }
+        if lost == 0 && self.dropped + self.unsent > 0 {
+            event_loop.run_after(REPORT, self.token, report)?;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, router: &MsgRouter) -> nix::Result<()> {
+        let mut buffers = [IoSliceMut::new(&mut self.datagram)];
+        let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::empty());
+        let received =
+            recvmsg::<SockaddrStorage>(fd, &mut buffers, Some(&mut self.control), flags)?;
+        let Some(peer) = received.address else { return Ok(()) };
+        let local = received.cmsgs()?.next().map(|local| match local {
+            // The reply's route decides on the interface. A link-local address of IPv6 needs its own.
+            ControlMessageOwned::Ipv4PacketInfo(to) => {
+                ControlMessageOwned::Ipv4PacketInfo(in_pktinfo { ipi_ifindex: 0, ..to })
+            }
+            local => local,
+        });
+        let n = received.bytes;
+        trace!("datagram from {peer}: {n} bytes");
+        let message = match message::decode(&self.datagram[..n]) {
+            Ok(Some(message)) if message.frame_len() == n => message,
+            _ => {
+                debug!("{peer}: dropped: {n} bytes that are not one message");
+                self.dropped += 1;
+                return Ok(());
+            }
+        };
+        let Some(callback) = router.get(message.id) else {
+            debug!("{peer}: dropped: no callback for message id {}", message.id);
+            self.dropped += 1;
+            return Ok(());
+        };
+        let mut sender = Sender { socket: &self.socket, peer, local, unsent: &mut self.unsent };
+        if let Err(err) = callback(&mut sender, message.payload, message.id) {
+            warn!("{peer}: {err:#}");
+        }
+        Ok(())
+    }
+
+    /// Logs how many datagrams and replies have been dropped since the last time.
+    pub fn report(&mut self) {
+        let (dropped, unsent) = (mem::take(&mut self.dropped), mem::take(&mut self.unsent));
+        if dropped + unsent > 0 {
+            info!("datagrams dropped: {dropped}; replies dropped: {unsent}");
+        }
+    }
+}
+
+/// The sender of a datagram, as a callback sees it.
+struct Sender<'a> {
+    socket: &'a UdpSocket,
+    peer: SockaddrStorage,
+    /// Which address the datagram was sent to, if this machine has several.
+    local: Option<ControlMessageOwned>,
+    unsent: &'a mut u64,
+}
+
+impl NetConnection for Sender<'_> {
+    fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
+        let header = message::encode_header(id, payload.len())?;
+        let frame = [IoSlice::new(&header), IoSlice::new(payload)];
+        let control = match &self.local {
+            Some(ControlMessageOwned::Ipv4PacketInfo(to)) => {
+                Some(ControlMessage::Ipv4PacketInfo(to))
+            }
+            Some(ControlMessageOwned::Ipv6PacketInfo(to)) => {
+                Some(ControlMessage::Ipv6PacketInfo(to))
+            }
+            _ => None,
+        };
+        let fd = self.socket.as_raw_fd();
+        match sendmsg(fd, &frame, control.as_slice(), MsgFlags::empty(), Some(&self.peer)) {
+            Ok(_) => Ok(()),
+            Err(Errno::EMSGSIZE) => {
+                bail!("a reply of {} bytes does not fit a datagram", payload.len())
+            }
+            Err(errno) => {
+                debug!("{}: reply dropped: {errno}", self.peer);
+                *self.unsent += 1;
+                Ok(())
+            }
+        }
+    }
+
+    /// There is no connection to close.
+    fn close(&mut self) {}
+}
+
+/// A client that asks again until it is answered: UDP loses datagrams (since v10).
+pub struct UdpClient {
+    addr: Addr,
+    socket: UdpSocket,
+    token: Token,
+    timeout: Duration,
+    retry: u32,
+    /// The message that is sent, and expected back.
+    frame: Vec<u8>,
+    answered: bool,
+}
+
+impl UdpClient {
+    /// Creates a client of the first address. It waits for `timeout` after each request, and repeats
+    /// one up to `retry` times.
+    ///
+    /// # Errors
+    /// Any error of socket(2), connect(2) and epoll_ctl(2), typically ENETUNREACH.
+    pub fn new(
+        event_loop: &mut EventLoop<Self>,
+        addr: Addr,
+        timeout: Duration,
+        retry: u32,
+    ) -> Result<Self> {
+        let any: IpAddr = match addr.resolved() {
+            [SocketAddr::V4(_), ..] => Ipv4Addr::UNSPECIFIED.into(),
+            _ => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let socket = UdpSocket::bind((any, 0)).context("cannot create a socket")?;
+        // From now on the kernel drops what other addresses send.
+        let connected = socket.connect(&addr.resolved()[..1]);
+        connected.with_context(|| format!("cannot connect to {addr}"))?;
+        socket.set_nonblocking(true)?;
+        let callbacks = Callbacks { read: Some(Self::reply_callback), write: None };
+        let token = event_loop.add_io_event(&socket, Interest::READ, callbacks)?;
+        Ok(Self { addr, socket, token, timeout, retry, frame: Vec::new(), answered: false })
+    }
+
+    /// Sends a message, and runs the loop until the same message comes back.
+    ///
+    /// # Errors
+    /// The message does not fit a datagram; there was no answer; any epoll_wait(2) error.
+    pub fn request(
+        &mut self,
+        event_loop: &mut EventLoop<Self>,
+        payload: &[u8],
+        id: i32,
+    ) -> Result<()> {
+        for _ in 0..=self.retry {
+            self.send_message(payload, id)?;
+            self.answered = false;
+            let timer = event_loop.run_after(self.timeout, self.token, EventLoop::stop_callback)?;
+            event_loop.event_process(self)?;
+            event_loop.cancel_timer(timer);
+            if self.answered {
+                return Ok(());
+            }
+        }
+        bail!("no reply from {}; requests sent: {}", self.addr, u64::from(self.retry) + 1)
+    }
+
+    /// Sends a message, which may get lost.
+    ///
+    /// # Errors
+    /// The message does not fit a datagram.
+    pub fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
+        let header = message::encode_header(id, payload.len())?;
+        self.frame = [&header, payload].concat();
+        match self.socket.send(&self.frame) {
+            Err(err) if err.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
+                bail!("a payload of {} bytes does not fit a datagram", payload.len())
+            }
+            // Also why an earlier one has not arrived.
+            Err(err) => debug!("{}: not sent: {err}", self.addr),
+            Ok(_) => trace!("sent: id {id}, {} bytes", payload.len()),
+        }
+        Ok(())
+    }
+
+    fn reply_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
+        trace!("reply_callback");
+        let mut datagram = vec![0; MAX_DATAGRAM];
+        for _ in 0..DATAGRAMS_PER_EVENT {
+            match self.socket.recv(&mut datagram) {
+                Ok(n) if datagram[..n] == self.frame => {
+                    self.answered = true;
+                    event_loop.stop();
+                }
+                Ok(n) => debug!("{}: ignored: {n} bytes that are no reply", self.addr),
+                Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
+                Err(err) => debug!("{}: {err}", self.addr),
+            }
+        }
+        Ok(())
+    }
+}
