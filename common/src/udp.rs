@@ -21,7 +21,7 @@ use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
 use crate::limit::REPORT;
 use crate::message;
 use crate::net::{self, Listener};
-use crate::router::{MsgRouter, NetConnection};
+use crate::router::NetConnection;
 
 /// How many datagrams are read per event, so that a flood of them leaves the other fds their turn.
 const DATAGRAMS_PER_EVENT: usize = 64;
@@ -104,21 +104,21 @@ impl UdpServer {
         event_loop.del_io_event(&self.socket, self.token)
     }
 
-    /// Reads datagrams, at most 64, and calls the callback of each that is exactly one message. The
-    /// others are dropped. `report` is called a second after the first loss, and has to call
-    /// [`report`](Self::report).
+    /// Reads datagrams, at most 64, and passes each that is exactly one message to `on_message`, which
+    /// returns `None` if there is no callback for it. The others are dropped. `report` is called a
+    /// second after the first loss, and has to call [`report`](Self::report).
     ///
     /// # Errors
     /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback ends nothing.
     pub fn do_read<S>(
         &mut self,
         event_loop: &mut EventLoop<S>,
-        router: &MsgRouter,
         report: IoCallback<S>,
+        mut on_message: impl FnMut(&mut dyn NetConnection, &[u8], i32) -> Option<Result<()>>,
     ) -> io::Result<()> {
         let lost = self.dropped + self.unsent;
         for _ in 0..DATAGRAMS_PER_EVENT {
-            match self.receive(router) {
+            match self.receive(&mut on_message) {
                 Ok(()) => {}
                 Err(Errno::EAGAIN) => break,
                 Err(errno) => debug!("recvmsg: {errno}"),
@@ -130,7 +130,10 @@ impl UdpServer {
         Ok(())
     }
 
-    fn receive(&mut self, router: &MsgRouter) -> nix::Result<()> {
+    fn receive(
+        &mut self,
+        on_message: &mut impl FnMut(&mut dyn NetConnection, &[u8], i32) -> Option<Result<()>>,
+    ) -> nix::Result<()> {
         let mut buffers = [IoSliceMut::new(&mut self.datagram)];
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::empty());
         let received =
@@ -153,14 +156,14 @@ impl UdpServer {
                 return Ok(());
             }
         };
-        let Some(callback) = router.get(message.id) else {
-            debug!("{peer}: dropped: no callback for message id {}", message.id);
-            self.dropped += 1;
-            return Ok(());
-        };
         let mut sender = Sender { socket: &self.socket, peer, local, unsent: &mut self.unsent };
-        if let Err(err) = callback(&mut sender, message.payload, message.id) {
-            warn!("{peer}: {err:#}");
+        match on_message(&mut sender, message.payload, message.id) {
+            Some(Ok(())) => {}
+            Some(Err(err)) => warn!("{peer}: {err:#}"),
+            None => {
+                debug!("{peer}: dropped: no callback for message id {}", message.id);
+                self.dropped += 1;
+            }
         }
         Ok(())
     }

@@ -133,7 +133,10 @@ impl TcpServer {
     /// Datagrams have arrived. They are handled here, as they belong to no connection.
     fn udp_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("udp_callback");
-        Ok(self.udp.do_read(event_loop, &self.service.router, Self::udp_report_callback)?)
+        let router = &self.service.router;
+        Ok(self.udp.do_read(event_loop, Self::udp_report_callback, |conn, payload, id| {
+            Some(router.get(id)?(conn, payload, id))
+        })?)
     }
 
     fn udp_report_callback(&mut self, _: &mut EventLoop<Self>, _: Token) -> Result<()> {
