@@ -313,6 +313,20 @@ impl<S> EventLoop<S> {
         self.running = false;
     }
 
+    /// For timers: calls the write callback that is registered with `token`, if there is one
+    /// (since v11).
+    ///
+    /// # Errors
+    /// Any error of that callback.
+    pub fn write_callback(
+        state: &mut S,
+        event_loop: &mut Self,
+        token: Token,
+    ) -> anyhow::Result<()> {
+        let callback = event_loop.registration(token).and_then(|it| it.callbacks.write);
+        callback.map_or(Ok(()), |callback| callback(state, event_loop, token))
+    }
+
     /// [`stop`](Self::stop) as a callback. It never fails.
     pub fn stop_callback(_: &mut S, event_loop: &mut Self, _: Token) -> anyhow::Result<()> {
         trace!("stop_callback");

@@ -21,6 +21,7 @@
 //! | [`mailbox`]     | v08   | `Mailbox`: how other threads reach an event loop                 |
 //! | `config`        | v09   | `Config`: the options, also from an INI file                     |
 //! | [`udp`]         | v10   | `UdpServer`, `UdpClient`: messages without a connection          |
+//! | [`task`]        | v11   | `Task`: a closure for the loop of another thread                 |
 
 #![warn(missing_docs)]
 
@@ -62,6 +63,8 @@ pub mod reactor_buf;
 pub mod router;
 #[cfg(target_os = "linux")]
 pub mod signal;
+#[cfg(target_os = "linux")]
+pub mod task;
 #[cfg(target_os = "linux")]
 pub mod tcp_client;
 #[cfg(target_os = "linux")]

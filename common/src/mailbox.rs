@@ -4,6 +4,7 @@
 //! loop waits for letters where it waits for everything else, and sleeps while there are none.
 
 use std::io;
+use std::mem;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -46,6 +47,9 @@ struct Bell<N> {
 /// A letter that the mailbox has not taken: it is full, or the loop has ended (since v08).
 pub struct NotPosted<M>(pub M);
 
+/// A reserved place for one letter (since v11). Dropping it gives it back.
+pub struct Place<'a, M, N>(&'a Mailbox<M, N>);
+
 /// Creates both ends of a mailbox (since v08).
 ///
 /// # Errors
@@ -77,21 +81,29 @@ impl<M, N> Mailbox<M, N> {
     /// # Errors
     /// The mailbox is full, or the loop has ended. The letter comes back in the error.
     pub fn post(&self, letter: M) -> Result<(), NotPosted<M>> {
-        // Before it is posted, because the loop may take it at once.
-        self.bell.queued.fetch_add(1, Ordering::Relaxed);
-        self.letters.try_send(letter).map_err(|err| {
-            self.bell.queued.fetch_sub(1, Ordering::Relaxed);
-            let (TrySendError::Full(letter) | TrySendError::Disconnected(letter)) = err;
-            NotPosted(letter)
-        })?;
-        // After the letter: a loop that woke up before would find nothing, and sleep on.
-        self.bell.ring();
-        Ok(())
+        match self.reserve() {
+            Some(place) => place.post(letter),
+            None => Err(NotPosted(letter)),
+        }
+    }
+
+    /// Reserves a place for one letter, if the mailbox is not full (since v11).
+    pub fn reserve(&self) -> Option<Place<'_, M, N>> {
+        // Before the letter is posted, because the loop may take it at once.
+        let free = |n: usize| (n < CAPACITY).then_some(n + 1);
+        self.bell.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok()?;
+        Some(Place(self))
+    }
+
+    /// How many letters are in the queue, and how many places are reserved, as far as this thread
+    /// can know.
+    pub fn queued(&self) -> usize {
+        self.bell.queued.load(Ordering::Relaxed)
     }
 
     /// Whether the next letter would not be taken, as far as this thread can know.
     pub fn is_full(&self) -> bool {
-        self.bell.queued.load(Ordering::Relaxed) >= CAPACITY
+        self.queued() >= CAPACITY
     }
 
     /// Puts up a notice (since v09). It gets past a full mailbox: it is not put into the queue, but in
@@ -105,6 +117,31 @@ impl<M, N> Mailbox<M, N> {
     pub fn stop(&self) {
         self.bell.stopped.store(true, Ordering::Release);
         self.bell.ring();
+    }
+}
+
+impl<M, N> Place<'_, M, N> {
+    /// Posts a letter to this place. Never waits.
+    ///
+    /// # Errors
+    /// The loop has ended. The letter comes back in the error.
+    pub fn post(self, letter: M) -> Result<(), NotPosted<M>> {
+        // On an error the place is given back, when it is dropped.
+        self.0.letters.try_send(letter).map_err(|err| {
+            let (TrySendError::Full(letter) | TrySendError::Disconnected(letter)) = err;
+            NotPosted(letter)
+        })?;
+        // After the letter: a loop that woke up before would find nothing, and sleep on.
+        self.0.bell.ring();
+        // The letter has the place now.
+        mem::forget(self);
+        Ok(())
+    }
+}
+
+impl<M, N> Drop for Place<'_, M, N> {
+    fn drop(&mut self) {
+        self.0.bell.queued.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -4,20 +4,23 @@
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use bytes::Buf;
 use tracing::{trace, warn};
 
 use crate::buf_pool::BufPool;
-use crate::event_loop::{Callbacks, EventLoop, Interest, Token};
+use crate::event_loop::{Callbacks, EventLoop, Interest, TimerId, Token};
 use crate::message;
 use crate::reactor_buf::{InputBuf, OutputBuf};
 
 /// The high-water mark: with more unsent output than this, in bytes, a connection neither reads nor
 /// handles messages until all of it is sent. The reply to one more message still fits 1 MiB.
 const HIGH_WATER: usize = (1024 - 64) * 1024;
+
+/// How long a connection pauses (since v11). The end of its reason causes no event here.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// How a connection goes on (since v05). After `Break` it is to be closed gracefully; the reason is
 /// given if something was wrong. After an error it is to be dropped.
@@ -38,6 +41,10 @@ pub struct TcpConn {
     full: bool,
     /// Set by [`close`](Self::close): no more messages are handled.
     closed: bool,
+    /// Set by [`pause`](Self::pause): `input` begins with a message that is still to be handled.
+    paused: bool,
+    /// Set while paused.
+    retry: Option<TimerId>,
     /// How many messages had no callback.
     skipped: u64,
     /// When it was made, last completed a message, or the kernel last took output.
@@ -72,6 +79,8 @@ impl TcpConn {
             output,
             full: false,
             closed: false,
+            paused: false,
+            retry: None,
             skipped: 0,
             last_active: event_loop.now(),
             incomplete_since: None,
@@ -120,6 +129,8 @@ impl TcpConn {
         event_loop: &mut EventLoop<S>,
         on_message: impl FnMut(&mut Self, &[u8], i32) -> anyhow::Result<()>,
     ) -> Progress {
+        self.paused = false;
+        self.retry.take().inspect(|timer| event_loop.cancel_timer(*timer));
         if !self.full || self.output.is_empty() {
             if let Err(err) = self.handle_messages(event_loop.now(), on_message) {
                 return Ok(ControlFlow::Break(Some(err)));
@@ -129,13 +140,42 @@ impl TcpConn {
             }
             self.full = self.output.len() > HIGH_WATER;
         }
+        if self.paused {
+            let retry = EventLoop::write_callback;
+            self.retry = Some(event_loop.run_after(PAUSE, self.token, retry)?);
+        }
+        self.write_output(event_loop)
+    }
+
+    fn write_output<S>(&mut self, event_loop: &mut EventLoop<S>) -> Progress {
         if self.output.write_to(&self.stream)? > 0 {
             self.last_active = event_loop.now();
         }
         // Messages held back in `input` cause no event: the loop returns to them when it can write.
-        let interest = Interest { read: !self.full, write: self.full || !self.output.is_empty() };
+        let write = self.full || !self.output.is_empty();
+        let interest = Interest { read: !self.full && !self.paused, write };
         event_loop.set_interest(&self.stream, self.token, interest)?;
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Sends a message that is no reply to one of this peer's, and so not limited by them (since v11).
+    ///
+    /// # Errors
+    /// The peer reads too slowly: its unsent output is above the high-water mark. Any send(2) error,
+    /// and a lack of memory.
+    pub fn do_send<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        payload: &[u8],
+        id: i32,
+    ) -> Progress {
+        if self.output.len() > HIGH_WATER {
+            return Err(io::Error::other("it reads too slowly"));
+        }
+        match self.send_message(payload, id) {
+            Ok(()) => self.write_output(event_loop),
+            Err(err) => Err(io::Error::other(err)),
+        }
     }
 
     /// Passes on the complete messages, up to the high-water mark.
@@ -150,10 +190,13 @@ impl TcpConn {
             let frame_len = message.frame_len();
             trace!("message: id {}, {} bytes", message.id, message.payload.len());
             on_message(self, message.payload, message.id)?;
+            if self.paused {
+                break;
+            }
             block.pop(frame_len);
             (self.last_active, self.incomplete_since) = (now, None);
         }
-        if block.is_empty() || self.output.len() > HIGH_WATER {
+        if block.is_empty() || self.paused || self.output.len() > HIGH_WATER {
             self.incomplete_since = None;
         } else {
             self.incomplete_since.get_or_insert(now);
@@ -180,6 +223,12 @@ impl TcpConn {
     /// Whether [`close`](Self::close) was called (since v06).
     pub fn is_closed(&self) -> bool {
         self.closed
+    }
+
+    /// For the callback of a message: to be called again with the same message, a millisecond later.
+    /// Until then nothing is read (since v11).
+    pub fn pause(&mut self) {
+        self.paused = true;
     }
 
     /// Notes a message without a callback, and logs the first one (since v06).

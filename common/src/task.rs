@@ -1,0 +1,201 @@
+//! Tasks: closures that one thread sends to the loop of another, and what they are for here: to
+//! publish a message to all clients of all threads (since v11).
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use anyhow::Result;
+
+use crate::event_loop::{EventLoop, Token};
+use crate::limit::Permit;
+use crate::mailbox::{Inbox, Mailbox, NotPosted, mailbox};
+use crate::router::{MsgRouter, NetConnection};
+use crate::tcp_conn::TcpConn;
+
+/// A letter to a worker whose loop has the state `S` (since v11).
+pub enum Task<S> {
+    /// A client to serve.
+    NewConn(NewConn),
+    /// A closure to run.
+    Run(Run<S>),
+}
+
+/// A closure that a loop runs between two events (since v11). An error ends the loop.
+pub type Run<S> = Box<dyn FnOnce(&mut S, &mut EventLoop<S>) -> Result<()> + Send>;
+
+/// A client on its way from the thread that accepts to the one that serves (since v11, before that
+/// the chapter's own).
+pub struct NewConn {
+    /// Its right to a connection.
+    pub permit: Permit,
+    /// Its socket.
+    pub stream: TcpStream,
+    /// Its address.
+    pub peer: SocketAddr,
+}
+
+/// Called on each worker with a message for all its clients but the publisher, if that is one of them
+/// (since v11).
+pub type PublishCallback<S> =
+    fn(&mut S, &mut EventLoop<S>, payload: &[u8], id: i32, publisher: Option<Token>) -> Result<()>;
+
+/// The mailboxes of all workers, for any thread (since v11). `N` are their notices.
+pub struct Tasks<S, N> {
+    mailboxes: Vec<Mailbox<Task<S>, N>>,
+    publish: PublishCallback<S>,
+    /// Tasks for loops that had ended.
+    late: AtomicUsize,
+}
+
+/// The inboxes of all workers (since v11).
+pub type Inboxes<S, N> = Vec<Inbox<Task<S>, N>>;
+
+impl<S, N> Tasks<S, N> {
+    /// Creates the mailboxes of `n` workers.
+    ///
+    /// # Errors
+    /// Any eventfd(2) error, typically EMFILE.
+    pub fn new(n: usize, publish: PublishCallback<S>) -> io::Result<(Self, Inboxes<S, N>)> {
+        let pairs: io::Result<Vec<_>> = (0..n).map(|_| mailbox()).collect();
+        let (mailboxes, inboxes) = pairs?.into_iter().unzip();
+        Ok((Self { mailboxes, publish, late: AtomicUsize::new(0) }, inboxes))
+    }
+
+    /// The mailboxes, in the order of the workers.
+    pub fn mailboxes(&self) -> &[Mailbox<Task<S>, N>] {
+        &self.mailboxes
+    }
+
+    /// Sends a task to one worker. Never waits.
+    ///
+    /// # Errors
+    /// The mailbox is full, or the loop has ended. The task comes back in the error.
+    pub fn send_task(&self, worker: usize, run: Run<S>) -> Result<(), NotPosted<Task<S>>> {
+        self.mailboxes[worker].post(Task::Run(run))
+    }
+
+    /// Sends a task to each worker, or to none if one of their mailboxes is full; then it returns
+    /// false. Never waits.
+    pub fn send_task_to_all(&self, run: impl Fn() -> Run<S>) -> bool {
+        let places: Option<Vec<_>> = self.mailboxes.iter().map(Mailbox::reserve).collect();
+        let Some(places) = places else { return false };
+        for place in places {
+            if place.post(Task::Run(run())).is_err() {
+                self.late.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        true
+    }
+
+    /// How many tasks have not been run. Once all workers have ended, the number is final.
+    pub fn not_run(&self) -> usize {
+        let queued: usize = self.mailboxes.iter().map(Mailbox::queued).sum();
+        queued + self.late.load(Ordering::Relaxed)
+    }
+}
+
+/// How a callback publishes, whatever the state of the loops (since v11).
+pub trait Publish {
+    /// Sends a message to all clients of all threads but the publisher, who is a client of this one.
+    /// Returns false if a mailbox is full; then nothing is sent.
+    fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool;
+}
+
+impl<S: 'static, N> Publish for Tasks<S, N> {
+    fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool {
+        let payload: Arc<[u8]> = payload.into();
+        let (callback, sender) = (self.publish, thread::current().id());
+        self.send_task_to_all(|| {
+            let payload = Arc::clone(&payload);
+            Box::new(move |state, event_loop| {
+                // On another thread's loop the token may be a different client's.
+                let publisher = publisher.filter(|_| thread::current().id() == sender);
+                callback(state, event_loop, &payload, id, publisher)
+            })
+        })
+    }
+}
+
+/// The sender of a message, as a callback sees it: it can publish (since v11).
+pub struct Publisher<'a> {
+    conn: &'a mut dyn NetConnection,
+    /// `None` for a datagram.
+    token: Option<Token>,
+    tasks: &'a dyn Publish,
+    has_to_wait: bool,
+}
+
+/// Called with the sender, the payload and the id of a message (since v11). An error closes the
+/// connection.
+pub type PublisherCallback = dyn Fn(&mut Publisher, &[u8], i32) -> Result<()> + Send + Sync;
+
+impl Publisher<'_> {
+    /// Sends a message to all clients of all threads, the sender included; or to none of them if a
+    /// mailbox is full. Then this callback is called again later with the same message, so publish
+    /// before you do anything else. A datagram is dropped instead.
+    ///
+    /// # Errors
+    /// As [`send_message`](NetConnection::send_message), for the sender's own copy.
+    pub fn publish(&mut self, payload: &[u8], id: i32) -> Result<()> {
+        if !self.tasks.publish(payload, id, self.token) {
+            self.has_to_wait = true;
+        } else if self.token.is_some() {
+            // Not by a task: the connection may be closing by the time it is run.
+            self.conn.send_message(payload, id)?;
+        }
+        Ok(())
+    }
+}
+
+impl NetConnection for Publisher<'_> {
+    fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
+        self.conn.send_message(payload, id)
+    }
+
+    fn close(&mut self) {
+        self.conn.close();
+    }
+}
+
+impl<F: ?Sized> MsgRouter<F> {
+    /// Calls the callback for a message of a connection, by `call` (since v11). If it has published
+    /// and has to wait, the connection is paused.
+    ///
+    /// # Errors
+    /// Any error of the callback.
+    pub fn call_publisher(
+        &self,
+        conn: &mut TcpConn,
+        id: i32,
+        tasks: &dyn Publish,
+        call: impl FnOnce(&F, &mut Publisher) -> Result<()>,
+    ) -> Result<()> {
+        let Some(callback) = self.get(id) else {
+            conn.skip_message(id);
+            return Ok(());
+        };
+        let token = Some(conn.token);
+        let mut publisher = Publisher { conn, token, tasks, has_to_wait: false };
+        call(callback, &mut publisher)?;
+        if publisher.has_to_wait {
+            conn.pause();
+        }
+        Ok(())
+    }
+
+    /// The same for a datagram, which cannot wait (since v11). `None` if it is to be dropped.
+    pub fn call_sender(
+        &self,
+        conn: &mut dyn NetConnection,
+        id: i32,
+        tasks: &dyn Publish,
+        call: impl FnOnce(&F, &mut Publisher) -> Result<()>,
+    ) -> Option<Result<()>> {
+        let mut publisher = Publisher { conn, token: None, tasks, has_to_wait: false };
+        let result = call(self.get(id)?, &mut publisher);
+        (!publisher.has_to_wait).then_some(result)
+    }
+}
