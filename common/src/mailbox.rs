@@ -81,16 +81,17 @@ impl<M, N> Mailbox<M, N> {
     /// # Errors
     /// The mailbox is full, or the loop has ended. The letter comes back in the error.
     pub fn post(&self, letter: M) -> Result<(), NotPosted<M>> {
-        match self.reserve() {
+        match self.reserve(CAPACITY) {
             Some(place) => place.post(letter),
             None => Err(NotPosted(letter)),
         }
     }
 
-    /// Reserves a place for one letter, if the mailbox is not full (since v11).
-    pub fn reserve(&self) -> Option<Place<'_, M, N>> {
+    /// Reserves a place for one letter, if fewer than `limit` places are taken (since v11). It is at
+    /// most [`CAPACITY`].
+    pub fn reserve(&self, limit: usize) -> Option<Place<'_, M, N>> {
         // Before the letter is posted, because the loop may take it at once.
-        let free = |n: usize| (n < CAPACITY).then_some(n + 1);
+        let free = |n: usize| (n < limit.min(CAPACITY)).then_some(n + 1);
         self.bell.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok()?;
         Some(Place(self))
     }

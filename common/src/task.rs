@@ -11,7 +11,7 @@ use anyhow::Result;
 
 use crate::event_loop::{EventLoop, Token};
 use crate::limit::Permit;
-use crate::mailbox::{Inbox, Mailbox, NotPosted, mailbox};
+use crate::mailbox::{CAPACITY, Inbox, Mailbox, NotPosted, mailbox};
 use crate::router::{MsgRouter, NetConnection};
 use crate::tcp_conn::TcpConn;
 
@@ -77,11 +77,11 @@ impl<S, N> Tasks<S, N> {
         self.mailboxes[worker].post(Task::Run(run))
     }
 
-    /// Sends a task to each worker, or to none if one of their mailboxes is full; then it returns
-    /// false. Never waits.
+    /// Sends a task to each worker, or to none if one of their mailboxes is half full; then it returns
+    /// false. Never waits. The other half is for clients: a storm of tasks must not keep them out.
     pub fn send_task_to_all(&self, run: impl Fn() -> Run<S>) -> bool {
-        let places: Option<Vec<_>> = self.mailboxes.iter().map(Mailbox::reserve).collect();
-        let Some(places) = places else { return false };
+        let places = self.mailboxes.iter().map(|mailbox| mailbox.reserve(CAPACITY / 2));
+        let Some(places) = places.collect::<Option<Vec<_>>>() else { return false };
         for place in places {
             if place.post(Task::Run(run())).is_err() {
                 self.late.fetch_add(1, Ordering::Relaxed);
@@ -100,7 +100,7 @@ impl<S, N> Tasks<S, N> {
 /// How a callback publishes, whatever the state of the loops (since v11).
 pub trait Publish {
     /// Sends a message to all clients of all threads but the publisher, who is a client of this one.
-    /// Returns false if a mailbox is full; then nothing is sent.
+    /// Returns false if a mailbox has no room; then nothing is sent.
     fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool;
 }
 
