@@ -13,8 +13,8 @@ use nix::unistd::pipe;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, assert_echo, frame, read, read_to_end, reset, run, wait_until,
-    write,
+    LIMIT, QUIET, Server, Signal, assert_echo, frame, read, read_to_end, reset, run, served,
+    wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
@@ -192,10 +192,8 @@ pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &str) {
         read_to_end(&stream);
     });
     assert_one_line(&at(bad), "message length -1");
-    let mut command = Command::new(chapter.exe);
-    let full = Server::from(command.args(["--addr", "127.0.0.1:0", "--max-conns", "1"]));
-    let only = full.connect();
-    assert_echo(&only, &frame(1, b"the only place"));
+    let full = Server::start_with(chapter.exe, &["--max-conns", "1"]);
+    let _only = served(full.addr());
     wait_until("it is refused", || at(full.addr()).status.code() == Some(1));
     assert_one_line(&at(full.addr()), "the server is full");
 }

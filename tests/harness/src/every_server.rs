@@ -56,7 +56,7 @@ macro_rules! every_server {
 /// Checks that the server at the other end does its job.
 pub type Works = fn(&TcpStream);
 
-fn name(exe: &str) -> &str {
+pub(crate) fn name(exe: &str) -> &str {
     exe.rsplit('/').next().unwrap_or(exe)
 }
 
