@@ -1,9 +1,10 @@
-//! Chapter 9's server with callbacks that block, panic, fail or close.
+//! Chapter 9's server with callbacks that block, panic, fail or close, and with new settings.
 
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
 mod callbacks;
+mod config_callbacks;
 #[path = "../reactor-v09/src/conns.rs"]
 mod conns;
 mod pool_callbacks;
@@ -12,76 +13,13 @@ mod tcp_server;
 #[path = "../reactor-v09/src/worker.rs"]
 mod worker;
 
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::thread;
-
-use clap::Parser;
-use common::event_loop::EventLoop;
 use common::hooks::Hooks;
 use common::limit::Limits;
-use common::mailbox::CAPACITY;
 use common::router::MsgRouter;
-use harness::{
-    QUIET, assert_silent, connect, frame, raise_fd_limit, read, read_to_end, wait_until_taken,
-    write,
-};
 
-use crate::callbacks::echo;
 use crate::conns::Service;
-use crate::pool_callbacks::{Args, blocking, start};
-use crate::tcp_server::TcpServer;
+use crate::pool_callbacks::start;
 
 fn service(router: MsgRouter, hooks: Hooks, limits: &Limits) -> Service {
     Service { router, hooks, timeouts: limits.timeouts }
-}
-
-/// Hooks that send `text` at the start of a connection and at its end.
-fn saying(text: &'static [u8]) -> Hooks {
-    let mut hooks = Hooks::new();
-    hooks.set_conn_start(Box::new(|conn| conn.send_message(text, 101)));
-    hooks.set_conn_close(Box::new(|conn| conn.send_message(text, 102)));
-    hooks
-}
-
-/// Both workers are blocked, and their mailboxes full. This thread is the one that accepts.
-#[test]
-fn new_settings_get_past_full_mailboxes() {
-    raise_fd_limit();
-    // Finds a free port by taking it and giving it back.
-    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let limits = Args::parse_from(["test"]).limits;
-    let mut event_loop = EventLoop::new().unwrap();
-    let (router, go_on) = blocking();
-    let old = service(router, saying(b"old"), &limits);
-    let addr_arg = addr.to_string().parse().unwrap();
-    let mut server = TcpServer::new(&mut event_loop, &addr_arg, &limits, 2, old).unwrap();
-    let mut connect_all = |server: &mut TcpServer, n| -> Vec<TcpStream> {
-        let clients = (0..n).map(|_| connect(addr)).collect();
-        // Also ends when all mailboxes are full.
-        while event_loop.poll_once(server, Some(QUIET)).unwrap() > 0 {}
-        clients
-    };
-    let blocked = connect_all(&mut server, 2);
-    for client in &blocked {
-        assert_eq!(read(client, 11), frame(101, b"old"));
-        write(client, &frame(5, b"blocks"));
-        wait_until_taken(client);
-    }
-    let mut waiting = connect_all(&mut server, 2 * CAPACITY + 10);
-    assert_silent(&waiting[0]);
-    server.set(&limits, service(echo(), saying(b"new"), &limits)).unwrap();
-    let clients = thread::spawn(move || {
-        blocked.iter().for_each(|_| go_on.send(()).unwrap());
-        waiting.push(connect(addr));
-        waiting.iter().for_each(|client| assert_eq!(read(client, 11), frame(101, b"new")));
-        for client in &blocked {
-            client.shutdown(Shutdown::Write).unwrap();
-            assert_eq!(read_to_end(client), [frame(5, b"blocks"), frame(102, b"new")].concat());
-        }
-    });
-    while !clients.is_finished() {
-        event_loop.poll_once(&mut server, Some(QUIET)).unwrap();
-    }
-    clients.join().unwrap();
-    server.drain(&mut event_loop).unwrap();
 }

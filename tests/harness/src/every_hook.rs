@@ -6,9 +6,12 @@ use std::process::Command;
 use std::thread;
 
 use crate::every_reactor::Chapter;
-use crate::{Server, Signal, frame, read, read_to_end, reset, run, served, wait_until, write};
+use crate::{
+    Server, Signal, frame, read, read_to_end, reset, run, run_client, served, wait_until, write,
+};
 
-/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
+/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
+/// options for it if there are any.
 #[macro_export]
 macro_rules! every_hook {
     ($chapter:expr, $client:expr, [$($promise:ident),* $(,)?]) => {
@@ -24,8 +27,8 @@ macro_rules! every_hook {
             )*
         }
     };
-    ($chapter:expr, $client:expr) => {
-        harness::every_hook!($chapter, $client, [
+    ($chapter:expr, $client:expr $(, $option:literal)*) => {
+        harness::every_hook!($chapter, &[$client $(, $option)*], [
             the_hooks_count_the_connections_however_they_end,
             the_welcome_comes_before_any_reply,
             a_welcome_is_at_most_as_long_as_a_payload,
@@ -43,7 +46,7 @@ fn counts(server: &Server, hook: &str) -> Vec<usize> {
     numbers.map(|number| number.rsplit(' ').next().unwrap().parse().unwrap()).collect()
 }
 
-pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &str) {
+pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &[&str]) {
     let mut command = Command::new(chapter.exe);
     command.args(["--addr", "127.0.0.1:0", "--max-conns", "3", "--idle-timeout", "2"]);
     let mut server = Server::from(command.env("RUST_LOG", "debug"));
@@ -70,7 +73,7 @@ pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &st
     assert_eq!(counts(&server, "on_conn_close"), [2, 1, 0, 0, 0]);
 }
 
-pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &str) {
+pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &[&str]) {
     let server = Server::start_with(chapter.exe, &["--welcome", "hello there"]);
     for _ in 0..50 {
         let client = server.connect();
@@ -83,7 +86,7 @@ pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &str) {
     assert_eq!(read(&silent, 19), frame(101, b"hello there"));
 }
 
-pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &str) {
+pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &[&str]) {
     let longest = "x".repeat(65_527);
     let server = Server::start_with(chapter.exe, &["--welcome", &longest]);
     assert_eq!(read(&server.connect(), 65_535), frame(101, longest.as_bytes()));
@@ -92,24 +95,24 @@ pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &str) {
     assert!(String::from_utf8_lossy(&output.stderr).contains("65527"));
 }
 
-pub fn a_client_that_loses_its_server_says_goodbye_too(_: Chapter, client: &str) {
+pub fn a_client_that_loses_its_server_says_goodbye_too(_: Chapter, client: &[&str]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let server = thread::spawn(move || drop(read(&listener.accept().unwrap().0, 19)));
-    let output = run(client, &["--addr", &addr]);
+    let output = run_client(client, &addr);
     server.join().unwrap();
     assert_eq!((output.status.code(), &output.stdout[..]), (Some(1), &b"goodbye\n"[..]));
 }
 
-pub fn the_client_prints_its_welcome_and_says_goodbye(chapter: Chapter, client: &str) {
+pub fn the_client_prints_its_welcome_and_says_goodbye(chapter: Chapter, client: &[&str]) {
     let server = Server::start_with(chapter.exe, &["--welcome", "hello there"]);
-    let output = run(client, &["--addr", &server.addr().to_string()]);
+    let output = run_client(client, &server.addr().to_string());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let expected = "id=101 len=11 hello there\nid=1 len=11 hello lars!\ngoodbye\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }
 
-pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &str) {
+pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &[&str]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let server = thread::spawn(move || {
@@ -118,7 +121,7 @@ pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &str) {
         write(&stream, &messages.concat());
         read_to_end(&stream)
     });
-    let output = run(client, &["--addr", &addr]);
+    let output = run_client(client, &addr);
     let expected = "id=77 len=4 news\nid=-2147483648 len=0\nid=1 len=11 hello lars!\ngoodbye\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
     assert_eq!(output.status.code(), Some(0), "{output:?}");

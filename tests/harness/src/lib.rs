@@ -9,6 +9,7 @@
 // A test that cannot get a socket or a process has failed, so it may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod every_config;
 pub mod every_hook;
 pub mod every_limiter;
 pub mod every_messenger;
@@ -657,6 +658,12 @@ pub fn raise_fd_limit() -> usize {
 #[track_caller]
 pub fn run(exe: &str, args: &[&str]) -> Output {
     run_command(Command::new(exe).args(args))
+}
+
+/// Runs the client of a chapter, given as its binary and options, against the server at `addr`.
+#[track_caller]
+pub fn run_client(client: &[&str], addr: &str) -> Output {
+    run(client[0], &[&client[1..], &["--addr", addr]].concat())
 }
 
 /// Runs `command` with an empty standard input, and waits for it to end.
