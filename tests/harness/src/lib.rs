@@ -17,6 +17,7 @@ pub mod every_pool;
 pub mod every_reactor;
 pub mod every_router;
 pub mod every_server;
+pub mod every_udp;
 
 use std::env;
 use std::fs::{self, File};
