@@ -130,7 +130,7 @@ impl<A: Parser> Config<A> {
                 fixed.push(old.key);
                 setting.clone_from(old);
             } else if old.value != setting.value {
-                changed.push(setting.to_string());
+                changed.push(format!("{:.100}", setting.to_string()));
             }
         }
         let changed = if changed.is_empty() { "none".into() } else { changed.join(", ") };
