@@ -52,7 +52,7 @@ fn new_settings_get_past_full_mailboxes() {
     }
     let mut waiting = connect_all(&mut server, 2 * CAPACITY + 10);
     assert_silent(&waiting[0]);
-    server.set(&limits, service(echo(), saying(b"new"), &limits)).unwrap();
+    server.apply(&limits, service(echo(), saying(b"new"), &limits)).unwrap();
     let clients = thread::spawn(move || {
         blocked.iter().for_each(|_| go_on.send(()).unwrap());
         waiting.push(connect(addr));

@@ -159,7 +159,7 @@ fn new_settings_hold_for_datagrams_too() {
     let udp = connect_udp(server.addr);
     server.handle(&udp, 1);
     let new = service(answering(2), Hooks::new(), &server.limits);
-    server.server.set(&server.limits, new).unwrap();
+    server.server.apply(&server.limits, new).unwrap();
     server.handle(&udp, 1);
     assert_eq!([receive(&udp), receive(&udp)], [frame(1, &[7]), frame(1, &[7, 7])]);
 }

@@ -47,6 +47,7 @@ macro_rules! every_udp {
             a_datagram_that_is_not_one_message_is_dropped,
             drops_are_logged_once_a_second,
             a_reply_that_cannot_be_sent_is_counted,
+            the_server_does_not_answer_itself,
             the_answer_comes_from_the_address_that_was_asked,
             a_busy_port_ends_the_start_over_udp_too,
             a_name_does_not_get_past_a_busy_address,
@@ -216,24 +217,44 @@ pub fn drops_are_logged_once_a_second(chapter: Chapter, _: &str) {
     assert!(drops(&server).iter().all(|it| it.0 > 0), "{log}");
 }
 
-/// No datagram can be sent to port 0: this stands for a full send buffer, which loopback never has.
-pub fn a_reply_that_cannot_be_sent_is_counted(chapter: Chapter, _: &str) {
+/// Sends a message from 127.0.0.1 and any port, if this process may.
+fn forge(port: u16, to: SocketAddr, message: &[u8]) -> bool {
     let (family, protocol) = (AddressFamily::Inet, SockProtocol::Udp);
     let Ok(raw) = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol) else {
-        eprintln!("not root: replies that cannot be sent are not tested");
-        return;
+        eprintln!("not root: forged datagrams are not tested");
+        return false;
     };
-    let server = Server::start(chapter.exe);
-    let message = frame(1, b"hello");
     // Source port, destination port and length in network byte order (RFC 768); no checksum.
-    let header = [0, server.addr().port(), 8 + message.len() as u16, 0].map(u16::to_be_bytes);
-    let (datagram, to) = ([header.as_flattened(), &message].concat(), server.addr());
-    for _ in 0..3 {
-        sendto(raw.as_raw_fd(), &datagram, &SockaddrStorage::from(to), MsgFlags::empty()).unwrap();
+    let header = [port, to.port(), 8 + message.len() as u16, 0].map(u16::to_be_bytes);
+    let datagram = [header.as_flattened(), message].concat();
+    let sent = sendto(raw.as_raw_fd(), &datagram, &SockaddrStorage::from(to), MsgFlags::empty());
+    assert_eq!(sent, Ok(datagram.len()));
+    true
+}
+
+/// Nothing can be sent to port 0: this stands for a full send buffer, which loopback never has.
+pub fn a_reply_that_cannot_be_sent_is_counted(chapter: Chapter, _: &str) {
+    let server = Server::start(chapter.exe);
+    if (0..3).all(|_| forge(0, server.addr(), &frame(1, b"hello"))) {
+        wait_for_drops(&server, 0, 3);
+        assert_udp_echo(&connect_udp(server.addr()), b"served");
+        assert!(!server.log().contains("WARN"), "{}", server.log());
     }
-    wait_for_drops(&server, 0, 3);
-    assert_udp_echo(&connect_udp(to), b"served");
-    assert!(!server.log().contains("WARN"), "{}", server.log());
+}
+
+/// Or it would answer itself for ever.
+pub fn the_server_does_not_answer_itself(chapter: Chapter, _: &str) {
+    for (addr, ips) in [("127.0.0.1:0", &["127.0.0.1"][..]), ("0.0.0.0:0", &["127.0.0.1"])] {
+        let server = Server::start_on(chapter.exe, addr);
+        let port = server.addr().port();
+        for (n, ip) in (1..).zip(ips) {
+            let to = SocketAddr::new(ip.parse().unwrap(), port);
+            if forge(port, to, &frame(1, b"hello")) {
+                wait_for_drops(&server, n, 0);
+                assert_udp_echo(&connect_udp(to), b"served");
+            }
+        }
+    }
 }
 
 /// A connected socket takes no other.
