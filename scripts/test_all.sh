@@ -747,6 +747,38 @@ chapter_v08() {
     check v08 '--threads 2: two workers' check_threads v08
 }
 
+# ---- Chapter 9 -----------------------------------------------------------------------------------
+
+# With the file of the C++ course, on whose port no check listens.
+check_print_config() { # CHAPTER
+    printf '[reactor]\nip = 127.0.0.1\nport = 7777\nmaxConn = 1024\nthreadNum = 5\n\n' >serv.conf
+    run "${binary[reactor-$1]}" --config serv.conf --threads 2 --print-config
+    expect_replies 'ip = 127.0.0.1 (file)' 'port = 7777 (file)' 'maxConn = 1024 (file)' \
+        'threadNum = 2 (argument)' 'whenFull = refuse (default)' 'idleTimeout = off (default)' \
+        'frameTimeout = 30 (default)' 'welcome = (default)'
+}
+
+check_reload() { # CHAPTER
+    printf '[reactor]\n' >serv.conf
+    start_server "$1" 0 --config serv.conf
+    printf 'welcome = good day\n' >>serv.conf
+    kill -s HUP "$server"
+    within "$LIMIT" grep -q ' settings changed: welcome = good day (file)$' server.log ||
+        fail 'expected: the log says that the welcome has changed'
+    run "${binary[reactor-$1-client]}" --addr "127.0.0.1:$port"
+    expect_replies 'id=101 len=8 good day' 'id=1 len=11 hello lars!' goodbye
+}
+
+chapter_v09() {
+    server_checks v09
+    message_checks v09
+    limit_checks v09
+    hook_checks v09
+    check v09 '--threads 2: two workers' check_threads v09
+    check v09 '--print-config: each setting and its source' check_print_config v09
+    check v09 'SIGHUP: reads the file again' check_reload v09
+}
+
 # ---- Later chapters without checks of their own --------------------------------------------------
 
 # They do all that chapter 5 does, for messages with id 1.

@@ -13,6 +13,7 @@
 use std::collections::BTreeMap;
 use std::env;
 use std::error::Error;
+use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File};
 use std::io::Read;
@@ -58,7 +59,8 @@ pub struct ConfigArgs {
     pub print: bool,
 }
 
-/// The settings: each from the command line, else from the file, else the default (since v09).
+/// The settings: each from the command line, else from the file, else the default (since v09). `A` has
+/// the options of all [`KEYS`], and [`ConfigArgs`].
 pub struct Config<A> {
     /// The settings in the form of options.
     pub args: A,
@@ -87,18 +89,15 @@ impl<A: Parser> Config<A> {
         let values = file.map_or(Ok(Values::new()), |path| read::<A>(path))?;
         let addr = text(&given, "addr");
         let (host, port) = addr.rsplit_once(':').unwrap_or((&addr, ""));
-        let get = |key, or| values.get(key).map_or(or, String::as_str);
+        let get = |key, default| values.get(key).map_or(default, String::as_str);
         let mut options = vec![format!("--addr={}", join(get("ip", host), get("port", port)))];
         let rest = KEYS.iter().filter(|(_, option)| *option != "addr");
         options.extend(
             rest.filter_map(|(key, option)| Some(format!("--{option}={}", values.get(key)?))),
         );
-        // The last one counts, which is that of the command line if there is one.
-        let mut command_line = env::args_os();
-        let program = command_line.next();
-        let all =
-            program.into_iter().chain(options.into_iter().map(Into::into)).chain(command_line);
-        let command = A::command().args_override_self(true);
+        // Of several equal ones the last counts, which is that of the command line.
+        let all = options.into_iter().map(OsString::from).chain(env::args_os().skip(1));
+        let command = A::command().no_binary_name(true).args_override_self(true);
         let matches = command.try_get_matches_from(all).map_err(|err| anyhow!(reason(err)))?;
         let settings = KEYS.map(|(key, option)| Setting {
             key,
@@ -126,18 +125,16 @@ impl<A: Parser> Config<A> {
             }
         };
         let (mut changed, mut fixed) = (Vec::new(), Vec::new());
-        for (old, new) in self.settings.iter().zip(&mut new.settings) {
-            if old.value != new.value && FIXED_KEYS.contains(&old.key) {
+        for (old, setting) in self.settings.iter().zip(&mut new.settings) {
+            if old.value != setting.value && FIXED_KEYS.contains(&old.key) {
                 fixed.push(old.key);
-                new.clone_from(old);
-            } else if old.value != new.value {
-                changed.push(new.to_string());
+                setting.clone_from(old);
+            } else if old.value != setting.value {
+                changed.push(format!("{:.100}", setting.to_string()));
             }
         }
-        info!(
-            "settings changed: {}",
-            if changed.is_empty() { "none".into() } else { changed.join(", ") }
-        );
+        let changed = if changed.is_empty() { "none".into() } else { changed.join(", ") };
+        info!("settings changed: {changed}");
         if !fixed.is_empty() {
             warn!("only a restart can change {}", fixed.join(", "));
         }
@@ -171,11 +168,13 @@ fn text(matches: &ArgMatches, option: &str) -> String {
 
 /// How the value of a key is printed.
 fn value(matches: &ArgMatches, key: &str, option: &str) -> String {
-    let (text, limit) = (text(matches, option), matches.try_get_one::<Duration>(&id(option)));
+    let text = text(matches, option);
+    // Only the value of a timeout is a Duration.
+    let timeout = matches.try_get_one::<Duration>(&id(option)).unwrap_or(None);
     match (key, text.rsplit_once(':')) {
         ("ip", Some((host, _))) => host.trim_matches(['[', ']']).to_owned(),
         ("port", Some((_, port))) => port.to_owned(),
-        _ if limit.is_ok_and(|limit| limit.is_some_and(Duration::is_zero)) => "off".to_owned(),
+        _ if timeout.is_some_and(Duration::is_zero) => "off".to_owned(),
         _ => text,
     }
 }
@@ -256,8 +255,6 @@ fn reason(err: clap::Error) -> String {
 
 /// On one line, whatever the text contains.
 fn escape(text: &str) -> String {
-    text.chars().fold(String::new(), |line, c| match c.is_control() {
-        true => line + &c.escape_default().to_string(),
-        false => line + c.encode_utf8(&mut [0; 4]),
-    })
+    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    text.chars().map(escape).collect()
 }

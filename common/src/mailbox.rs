@@ -36,10 +36,10 @@ pub struct Inbox<M, N = ()> {
 
 struct Bell<N> {
     fd: EventFd,
-    /// Beside the queue too, and only the latest.
-    notice: Mutex<Option<N>>,
     /// Not a letter, because a stop has to get past a full queue.
     stopped: AtomicBool,
+    /// Beside the queue too, and only the latest.
+    notice: Mutex<Option<N>>,
     /// How many letters are in the queue, which does not tell.
     queued: AtomicUsize,
 }
@@ -110,7 +110,8 @@ impl<M, N> Mailbox<M, N> {
     /// Puts up a notice (since v09). It gets past a full mailbox: it is not put into the queue, but in
     /// place of an earlier notice that the loop has not taken.
     pub fn put_up(&self, notice: N) {
-        *self.bell.notice() = Some(notice);
+        // An earlier one is dropped at the end, when the lock is free.
+        let _old = self.bell.notice().replace(notice);
         self.bell.ring();
     }
 

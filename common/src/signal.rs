@@ -44,8 +44,8 @@ impl StopSignals {
         Ok(Self { blocked, fd, token })
     }
 
-    /// Takes the signals that have stopped the loop. Returns whether there was SIGHUP and no other
-    /// (since v09).
+    /// Takes the signals that have stopped the loop. Returns whether there was SIGHUP and no other;
+    /// false if there was none at all (since v09).
     ///
     /// # Errors
     /// Any read(2) error; none is known.

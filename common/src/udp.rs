@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ const MAX_DATAGRAM: usize = 65_535;
 /// A server's UDP socket (since v10).
 pub struct UdpServer {
     socket: UdpSocket,
+    addr: SocketAddr,
     token: Token,
     datagram: Box<[u8]>,
     /// The local address that the datagram was sent to.
@@ -53,7 +54,7 @@ pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
     loop {
         let udp = UdpServer::bind(addr.resolved())
             .with_context(|| format!("cannot listen on {addr} over UDP"))?;
-        match Listener::bind(&[udp.socket.local_addr()?]) {
+        match Listener::bind(&[udp.addr]) {
             Err(err) if err.kind() == io::ErrorKind::AddrInUse && addr.picks_port() => {
                 tried.push(udp);
             }
@@ -68,7 +69,8 @@ impl UdpServer {
         socket.set_nonblocking(true)?;
         // Bound to all addresses of the machine, a reply would leave from any of them: a client that
         // asked another one would not take it for an answer.
-        match socket.local_addr()? {
+        let addr = socket.local_addr()?;
+        match addr {
             SocketAddr::V4(addr) => {
                 setsockopt(&socket, Ipv4PacketInfo, &addr.ip().is_unspecified())
             }
@@ -79,7 +81,7 @@ impl UdpServer {
         let (token, dropped, unsent) = Default::default();
         let control = cmsg_space!(in6_pktinfo);
         let datagram = vec![0; MAX_DATAGRAM].into();
-        Ok(Self { socket, token, datagram, control, dropped, unsent })
+        Ok(Self { socket, addr, token, datagram, control, dropped, unsent })
     }
 
     /// From now on `callback` is called when datagrams have arrived.
@@ -147,6 +149,11 @@ impl UdpServer {
             local => local,
         });
         let n = received.bytes;
+        if is_from(&peer, self.own_addr(local.as_ref())) {
+            debug!("{peer}: dropped: a forged datagram, which would be answered for ever");
+            self.dropped += 1;
+            return Ok(());
+        }
         trace!("datagram from {peer}: {n} bytes");
         let message = match message::decode(&self.datagram[..n]) {
             Ok(Some(message)) if message.frame_len() == n => message,
@@ -168,12 +175,32 @@ impl UdpServer {
         Ok(())
     }
 
+    /// The address that a datagram was sent to.
+    fn own_addr(&self, local: Option<&ControlMessageOwned>) -> SocketAddr {
+        let ip = match local {
+            Some(ControlMessageOwned::Ipv4PacketInfo(to)) => {
+                Ipv4Addr::from(to.ipi_addr.s_addr.to_ne_bytes()).into()
+            }
+            Some(ControlMessageOwned::Ipv6PacketInfo(to)) => to.ipi6_addr.s6_addr.into(),
+            _ => self.addr.ip(),
+        };
+        SocketAddr::new(ip, self.addr.port())
+    }
+
     /// Logs how many datagrams and replies have been dropped since the last time.
     pub fn report(&mut self) {
         let (dropped, unsent) = (mem::take(&mut self.dropped), mem::take(&mut self.unsent));
         if dropped + unsent > 0 {
             info!("datagrams dropped: {dropped}; replies dropped: {unsent}");
         }
+    }
+}
+
+fn is_from(peer: &SockaddrStorage, addr: SocketAddr) -> bool {
+    match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+        (Some(peer), _) => addr == SocketAddrV4::from(*peer).into(),
+        (_, Some(peer)) => (addr.ip(), addr.port()) == (peer.ip().into(), peer.port()),
+        _ => false,
     }
 }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread;
@@ -9,29 +10,19 @@ use std::time::{Duration, Instant};
 
 use common::event_loop::{EventLoop, Token};
 use common::mailbox::{CAPACITY, Inbox, mailbox};
+use harness::Random;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 /// The time limit for everything, which only a hang reaches.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Pseudo-random numbers: Marsaglia, "Xorshift RNGs" (2003).
-struct Random(u64);
-
-impl Random {
-    fn number(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-}
-
 /// The state of a loop with an inbox.
 struct State {
-    inbox: Inbox<u64>,
+    inbox: Inbox<u64, u64>,
     letters: Vec<u64>,
     /// How many times there were any.
     batches: usize,
+    notices: Vec<u64>,
 }
 
 fn inbox_callback(
@@ -45,13 +36,14 @@ fn inbox_callback(
     };
     state.batches += usize::from(!letters.is_empty());
     state.letters.extend(letters);
+    state.notices.extend(state.inbox.take_notice());
     Ok(())
 }
 
-fn with_loop(mut inbox: Inbox<u64>) -> (EventLoop<State>, State) {
+fn with_loop(mut inbox: Inbox<u64, u64>) -> (EventLoop<State>, State) {
     let mut event_loop = EventLoop::new().unwrap();
     inbox.register(&mut event_loop, inbox_callback).unwrap();
-    (event_loop, State { inbox, letters: Vec::new(), batches: 0 })
+    (event_loop, State { inbox, letters: Vec::new(), batches: 0, notices: Vec::new() })
 }
 
 /// How many events there are right now.
@@ -85,6 +77,65 @@ fn a_full_mailbox_gives_the_letter_back_and_a_stop_gets_past_it() {
     assert!(!mailbox.is_full());
     drop(state);
     assert_eq!(mailbox.post(78).map_err(|err| err.0), Err(78), "the loop has ended");
+}
+
+#[test]
+fn a_notice_gets_past_a_full_mailbox_and_replaces_an_earlier_one() {
+    let (mailbox, inbox) = mailbox().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    (0..CAPACITY as u64).for_each(|n| assert!(mailbox.post(n).is_ok()));
+    (1..=3).for_each(|n| mailbox.put_up(n));
+    poll(&mut event_loop, &mut state);
+    assert_eq!((&state.notices[..], state.letters.len()), (&[3][..], 64));
+    while poll(&mut event_loop, &mut state) > 0 {}
+    assert_eq!(state.letters.len(), CAPACITY);
+    mailbox.put_up(4);
+    poll(&mut event_loop, &mut state);
+    assert_eq!(state.notices, [3, 4]);
+    assert_eq!(poll(&mut event_loop, &mut state), 0, "the bell is silent again");
+}
+
+/// In each round all threads put up a notice, and wait until the loop has seen that of the last one.
+#[test]
+fn the_last_of_many_notices_is_always_seen() {
+    const THREADS: u64 = 4;
+    const ROUNDS: u64 = 5000;
+    let (mailbox, inbox) = mailbox::<u64, u64>().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    let (put_up, seen, failed) = (Mutex::new(0), AtomicU64::new(0), AtomicBool::new(false));
+    thread::scope(|scope| {
+        for thread in 0..THREADS {
+            let (mailbox, put_up, seen, failed) = (mailbox.clone(), &put_up, &seen, &failed);
+            scope.spawn(move || {
+                let mut random = Random::new(thread);
+                for round in 1..=ROUNDS {
+                    (0..random.below(100)).for_each(|_| std::hint::spin_loop());
+                    let mut last = put_up.lock().unwrap();
+                    *last += 1;
+                    mailbox.put_up(*last);
+                    drop(last);
+                    while seen.load(Ordering::Acquire) < round * THREADS {
+                        if failed.load(Ordering::Relaxed) {
+                            return;
+                        }
+                        thread::yield_now();
+                    }
+                }
+            });
+        }
+        while seen.load(Ordering::Relaxed) < ROUNDS * THREADS {
+            if event_loop.poll_once(&mut state, Some(LIMIT)).unwrap() == 0 {
+                failed.store(true, Ordering::Relaxed);
+                break;
+            }
+            let ascending = state.notices.is_sorted_by(|a, b| a < b);
+            failed.fetch_or(!ascending, Ordering::Relaxed);
+            if let Some(last) = state.notices.last() {
+                seen.store(*last, Ordering::Release);
+            }
+        }
+    });
+    assert!(!failed.into_inner(), "late, or out of order");
 }
 
 /// Empties a queue in two orders, while a letter is posted between the two steps.
@@ -125,7 +176,7 @@ fn assert_none_is_lost_or_late(senders: u64, rounds: u64, letters: u64, pause: f
         for sender in 0..senders {
             let (mailbox, taken, failed) = (mailbox.clone(), &taken, &failed);
             scope.spawn(move || {
-                let mut random = Random(sender * 2 + 1);
+                let mut random = Random::new(sender);
                 for round in 0..rounds {
                     for n in 0..letters {
                         let mut letter = sender << 32 | (round * letters + n);

@@ -6,9 +6,12 @@ use std::process::Command;
 use std::thread;
 
 use crate::every_reactor::Chapter;
-use crate::{Server, Signal, assert_echo, frame, read, read_to_end, reset, run, wait_until, write};
+use crate::{
+    Server, Signal, frame, read, read_to_end, reset, run, run_client, served, wait_until, write,
+};
 
-/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
+/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
+/// options for it if there are any.
 #[macro_export]
 macro_rules! every_hook {
     ($chapter:expr, $client:expr, [$($promise:ident),* $(,)?]) => {
@@ -24,8 +27,8 @@ macro_rules! every_hook {
             )*
         }
     };
-    ($chapter:expr, $client:expr) => {
-        harness::every_hook!($chapter, $client, [
+    ($chapter:expr, $client:expr $(, $option:literal)*) => {
+        harness::every_hook!($chapter, &[$client $(, $option)*], [
             the_hooks_count_the_connections_however_they_end,
             the_welcome_comes_before_any_reply,
             a_welcome_is_at_most_as_long_as_a_payload,
@@ -36,13 +39,6 @@ macro_rules! every_hook {
     };
 }
 
-/// Starts it with a log of each connection.
-#[track_caller]
-fn start(chapter: Chapter, options: &[&str]) -> Server {
-    let mut command = Command::new(chapter.exe);
-    Server::from(command.args(["--addr", "127.0.0.1:0"]).args(options).env("RUST_LOG", "debug"))
-}
-
 /// The numbers that the hooks have logged.
 fn counts(server: &Server, hook: &str) -> Vec<usize> {
     let log = server.log();
@@ -50,14 +46,11 @@ fn counts(server: &Server, hook: &str) -> Vec<usize> {
     numbers.map(|number| number.rsplit(' ').next().unwrap().parse().unwrap()).collect()
 }
 
-pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &str) {
-    let mut server = start(chapter, &["--max-conns", "3", "--idle-timeout", "2"]);
-    let served = || {
-        let client = server.connect();
-        assert_echo(&client, &frame(1, b"hello"));
-        client
-    };
-    let mut clients = [served(), served(), served()].into_iter();
+pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &[&str]) {
+    let mut command = Command::new(chapter.exe);
+    command.args(["--addr", "127.0.0.1:0", "--max-conns", "3", "--idle-timeout", "2"]);
+    let mut server = Server::from(command.env("RUST_LOG", "debug"));
+    let mut clients = [(); 3].map(|()| served(server.addr())).into_iter();
     wait_until("all have started", || counts(&server, "on_conn_start") == [1, 2, 3]);
     // A refused client has neither hook.
     assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
@@ -71,8 +64,7 @@ pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &st
     let bad = server.connect();
     write(&bad, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
     wait_until("the fourth is counted", || counts(&server, "on_conn_close").len() == 4);
-    let last = server.connect();
-    assert_echo(&last, &frame(1, b"hello"));
+    let last = served(server.addr());
     server.signal(Signal::SIGTERM);
     assert_eq!(server.wait().code(), Some(0));
     server.wait_for_log("stopped; ");
@@ -81,8 +73,8 @@ pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &st
     assert_eq!(counts(&server, "on_conn_close"), [2, 1, 0, 0, 0]);
 }
 
-pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &str) {
-    let server = start(chapter, &["--welcome", "hello there"]);
+pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &[&str]) {
+    let server = Server::start_with(chapter.exe, &["--welcome", "hello there"]);
     for _ in 0..50 {
         let client = server.connect();
         write(&client, &frame(1, b"pipelined").repeat(10));
@@ -94,33 +86,33 @@ pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &str) {
     assert_eq!(read(&silent, 19), frame(101, b"hello there"));
 }
 
-pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &str) {
+pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &[&str]) {
     let longest = "x".repeat(65_527);
-    let server = start(chapter, &["--welcome", &longest]);
+    let server = Server::start_with(chapter.exe, &["--welcome", &longest]);
     assert_eq!(read(&server.connect(), 65_535), frame(101, longest.as_bytes()));
     let output = run(chapter.exe, &["--welcome", &(longest + "x")]);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("65527"));
 }
 
-pub fn a_client_that_loses_its_server_says_goodbye_too(_: Chapter, client: &str) {
+pub fn a_client_that_loses_its_server_says_goodbye_too(_: Chapter, client: &[&str]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let server = thread::spawn(move || drop(read(&listener.accept().unwrap().0, 19)));
-    let output = run(client, &["--addr", &addr]);
+    let output = run_client(client, &addr);
     server.join().unwrap();
     assert_eq!((output.status.code(), &output.stdout[..]), (Some(1), &b"goodbye\n"[..]));
 }
 
-pub fn the_client_prints_its_welcome_and_says_goodbye(chapter: Chapter, client: &str) {
-    let server = start(chapter, &["--welcome", "hello there"]);
-    let output = run(client, &["--addr", &server.addr().to_string()]);
+pub fn the_client_prints_its_welcome_and_says_goodbye(chapter: Chapter, client: &[&str]) {
+    let server = Server::start_with(chapter.exe, &["--welcome", "hello there"]);
+    let output = run_client(client, &server.addr().to_string());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     let expected = "id=101 len=11 hello there\nid=1 len=11 hello lars!\ngoodbye\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }
 
-pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &str) {
+pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &[&str]) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let server = thread::spawn(move || {
@@ -129,7 +121,7 @@ pub fn the_client_prints_messages_with_any_id(_: Chapter, client: &str) {
         write(&stream, &messages.concat());
         read_to_end(&stream)
     });
-    let output = run(client, &["--addr", &addr]);
+    let output = run_client(client, &addr);
     let expected = "id=77 len=4 news\nid=-2147483648 len=0\nid=1 len=11 hello lars!\ngoodbye\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
     assert_eq!(output.status.code(), Some(0), "{output:?}");

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use crate::every_reactor::Chapter;
 use crate::{
     LIMIT, QUIET, Server, Signal, assert_echo, assert_silent, frame, narrow, pattern,
-    raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck, wait_until,
-    write,
+    raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck, served,
+    wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -52,23 +52,9 @@ macro_rules! every_limiter {
     };
 }
 
-/// With these options, separated by spaces, and a free port.
-#[track_caller]
-fn start(chapter: Chapter, options: &str) -> Server {
-    Server::from(Command::new(chapter.exe).args(["--addr", "127.0.0.1:0"]).args(options.split(' ')))
-}
-
 #[track_caller]
 fn ping(client: &TcpStream) {
     assert_echo(client, &frame(1, b"hello"));
-}
-
-/// A client that has a place: it has been answered.
-#[track_caller]
-fn served(server: &Server) -> TcpStream {
-    let client = server.connect();
-    ping(&client);
-    client
 }
 
 /// It reads why, then the end of the stream and not a reset.
@@ -94,8 +80,8 @@ fn assert_a_place_is_free(server: &Server, why: &str) {
 }
 
 pub fn a_client_above_the_limit_reads_why_it_is_refused(chapter: Chapter) {
-    let server = start(chapter, "--max-conns 2");
-    let (first, second) = (served(&server), served(&server));
+    let server = Server::start_with(chapter.exe, &["--max-conns", "2"]);
+    let (first, second) = (served(server.addr()), served(server.addr()));
     assert_refused(&server.connect());
     // What it has sent must not turn the end into a reset.
     let talkative = server.connect();
@@ -108,8 +94,8 @@ pub fn a_client_above_the_limit_reads_why_it_is_refused(chapter: Chapter) {
 }
 
 pub fn refusals_are_logged_with_their_number_once_a_second(chapter: Chapter) {
-    let mut server = start(chapter, "--max-conns 1");
-    let _client = served(&server);
+    let mut server = Server::start_with(chapter.exe, &["--max-conns", "1"]);
+    let _client = served(server.addr());
     let start = Instant::now();
     for _ in 0..300 {
         assert_refused(&server.connect());
@@ -131,7 +117,7 @@ pub fn refusals_are_logged_with_their_number_once_a_second(chapter: Chapter) {
 /// They are owed replies, which refused clients and bad frames must not cost them.
 pub fn the_ends_of_others_cost_no_replies(chapter: Chapter) {
     raise_fd_limit();
-    let server = start(chapter, "--idle-timeout 600");
+    let server = Server::start_with(chapter.exe, &["--idle-timeout", "600"]);
     let slow: Vec<TcpStream> = (0..4).map(|_| server.connect()).collect();
     let messages = frame(1, &pattern(1000, 1)).repeat(2000);
     for client in &slow {
@@ -167,8 +153,8 @@ fn slow_exchange(client: &TcpStream, messages: &[u8]) -> bool {
 /// Silent ones, which keep their fd until the linger time is over.
 pub fn refused_clients_are_closed_if_too_many_are_closing(chapter: Chapter) {
     raise_fd_limit();
-    let server = start(chapter, "--max-conns 1");
-    let _client = served(&server);
+    let server = Server::start_with(chapter.exe, &["--max-conns", "1"]);
+    let _client = served(server.addr());
     let before = server.fds();
     let refused: Vec<TcpStream> = (0..1500).map(|_| server.connect()).collect();
     for client in &refused {
@@ -179,8 +165,8 @@ pub fn refused_clients_are_closed_if_too_many_are_closing(chapter: Chapter) {
 }
 
 pub fn a_refused_client_that_keeps_coming_does_not_delay_others(chapter: Chapter) {
-    let server = start(chapter, "--max-conns 1");
-    let client = served(&server);
+    let server = Server::start_with(chapter.exe, &["--max-conns", "1"]);
+    let client = served(server.addr());
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..4 {
@@ -201,7 +187,7 @@ pub fn a_refused_client_that_keeps_coming_does_not_delay_others(chapter: Chapter
 
 pub fn a_burst_never_gets_more_places_than_there_are(chapter: Chapter) {
     raise_fd_limit();
-    let server = start(chapter, "--max-conns 100");
+    let server = Server::start_with(chapter.exe, &["--max-conns", "100"]);
     let clients: Vec<TcpStream> = (0..2000).map(|_| server.connect()).collect();
     for client in &clients {
         write(client, &frame(1, b"hello"));
@@ -221,26 +207,26 @@ pub fn a_burst_never_gets_more_places_than_there_are(chapter: Chapter) {
 
 /// The client stays in each of these cases: the place is free when the end begins.
 pub fn any_end_of_a_connection_frees_its_place(chapter: Chapter) {
-    let server = start(chapter, "--max-conns 1 --idle-timeout 0.1");
-    let half_closed = served(&server);
+    let server = Server::start_with(chapter.exe, &["--max-conns", "1", "--idle-timeout", "0.1"]);
+    let half_closed = served(server.addr());
     half_closed.shutdown(Shutdown::Write).unwrap();
     assert_a_place_is_free(&server, "half-close");
-    let bad = served(&server);
+    let bad = served(server.addr());
     write(&bad, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
     assert_a_place_is_free(&server, "a bad frame");
-    let _idle = served(&server);
+    let _idle = served(server.addr());
     assert_a_place_is_free(&server, "idle");
-    reset(served(&server));
+    reset(served(server.addr()));
     assert_a_place_is_free(&server, "a reset");
-    let midway = served(&server);
+    let midway = served(server.addr());
     write(&midway, &frame(1, b"hello")[..10]);
     midway.shutdown(Shutdown::Write).unwrap();
     assert_a_place_is_free(&server, "the end inside a message");
 }
 
 pub fn clients_wait_in_order_for_a_place(chapter: Chapter) {
-    let server = start(chapter, "--max-conns 2 --when-full wait");
-    let mut served: Vec<TcpStream> = (0..2).map(|_| served(&server)).collect();
+    let server = Server::start_with(chapter.exe, &["--max-conns", "2", "--when-full", "wait"]);
+    let mut served: Vec<TcpStream> = (0..2).map(|_| served(server.addr())).collect();
     let waiting: Vec<TcpStream> = (0..10).map(|_| server.connect()).collect();
     for client in &waiting {
         write(client, &frame(1, b"hello"));
@@ -260,8 +246,8 @@ pub fn clients_wait_in_order_for_a_place(chapter: Chapter) {
 }
 
 pub fn a_waiting_client_is_refused_when_the_server_stops(chapter: Chapter) {
-    let mut server = start(chapter, "--max-conns 1 --when-full wait");
-    let client = served(&server);
+    let mut server = Server::start_with(chapter.exe, &["--max-conns", "1", "--when-full", "wait"]);
+    let client = served(server.addr());
     let waiting: Vec<TcpStream> = (0..10).map(|_| server.connect()).collect();
     server.signal(Signal::SIGTERM);
     waiting.iter().for_each(assert_refused);
@@ -272,9 +258,8 @@ pub fn a_waiting_client_is_refused_when_the_server_stops(chapter: Chapter) {
 
 /// Neither a byte now and then nor a client that takes no replies counts as activity.
 pub fn only_messages_and_replies_keep_a_connection_from_being_idle(chapter: Chapter) {
-    let server = start(chapter, "--idle-timeout 1.5");
-    let (idle, dripping, deaf, active) =
-        (served(&server), served(&server), served(&server), served(&server));
+    let server = Server::start_with(chapter.exe, &["--idle-timeout", "1.5"]);
+    let [idle, dripping, deaf, active] = [(); 4].map(|()| served(server.addr()));
     narrow(&deaf);
     send_until_stuck(&deaf, &frame(1, &pattern(1000, 1)).repeat(64_000));
     let message = frame(1, b"a message that never gets there");
@@ -304,11 +289,11 @@ pub fn only_messages_and_replies_keep_a_connection_from_being_idle(chapter: Chap
 }
 
 pub fn a_message_has_to_arrive_in_time(chapter: Chapter) {
-    let server = start(chapter, "--frame-timeout 1");
-    let slow = served(&server);
+    let server = Server::start_with(chapter.exe, &["--frame-timeout", "1"]);
+    let slow = served(server.addr());
     let mut drops = frame(1, &[b'x'; 1000]).into_iter();
     // Idle, and often inside a message, but never for long.
-    let (idle, busy) = (served(&server), served(&server));
+    let (idle, busy) = (served(server.addr()), served(server.addr()));
     let peer = slow.local_addr().unwrap();
     let [message, next] = [frame(1, b"hello"), frame(1, b"hello")];
     write(&busy, &message[..5]);
@@ -348,7 +333,7 @@ pub fn half_messages_hold_their_memory_only_until_the_timeout(chapter: Chapter) 
 
 /// The server holds back the rest of what the client has sent, which ends inside a message.
 pub fn time_above_the_high_water_mark_does_not_count(chapter: Chapter) {
-    let server = start(chapter, "--frame-timeout 1");
+    let server = Server::start_with(chapter.exe, &["--frame-timeout", "1"]);
     let client = server.connect();
     narrow(&client);
     let messages = frame(1, &pattern(1000, 1)).repeat(64_000);
@@ -364,8 +349,11 @@ pub fn time_above_the_high_water_mark_does_not_count(chapter: Chapter) {
 
 pub fn idle_connections_cause_no_wake_ups(chapter: Chapter) {
     raise_fd_limit();
-    let server = start(chapter, "--max-conns 2000 --frame-timeout 1 --idle-timeout 600");
-    let _clients: Vec<TcpStream> = (0..2000).map(|_| served(&server)).collect();
+    let server = Server::start_with(
+        chapter.exe,
+        &["--max-conns", "2000", "--frame-timeout", "1", "--idle-timeout", "600"],
+    );
+    let _clients: Vec<TcpStream> = (0..2000).map(|_| served(server.addr())).collect();
     server.wait_until_asleep();
     let before = server.wake_ups();
     thread::sleep(Duration::from_secs(2));
@@ -383,7 +371,7 @@ pub fn more_connections_than_fds_are_a_warning_and_none_is_a_mistake(chapter: Ch
     ));
     let server = Server::start_under(chapter.exe, &format!("-n {enough}"));
     assert!(!server.log().contains("more fds"));
-    for options in [["--max-conns", "0"], ["--when-full", "queue"], ["--frame-timeout", "0"]] {
+    for options in [["--max-conns", "0"], ["--when-full", "queue"], ["--frame-timeout", "86401"]] {
         let output = run(chapter.exe, &options);
         assert_eq!(output.status.code(), Some(2));
         let error = String::from_utf8(output.stderr).unwrap();

@@ -13,11 +13,12 @@ use nix::unistd::pipe;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, assert_echo, frame, read, read_to_end, reset, run, wait_until,
-    write,
+    LIMIT, QUIET, Server, Signal, assert_echo, frame, read, read_to_end, reset, run_client, served,
+    wait_until, write,
 };
 
-/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
+/// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
+/// options for it if there are any.
 #[macro_export]
 macro_rules! every_router {
     ($chapter:expr, $client:expr, [$($promise:ident),* $(,)?]) => {
@@ -33,8 +34,8 @@ macro_rules! every_router {
             )*
         }
     };
-    ($chapter:expr, $client:expr) => {
-        harness::every_router!($chapter, $client, [
+    ($chapter:expr, $client:expr $(, $option:literal)*) => {
+        harness::every_router!($chapter, &[$client $(, $option)*], [
             messages_with_id_2_are_printed_and_not_answered,
             messages_without_a_callback_are_skipped,
             survives_a_standard_output_that_takes_nothing,
@@ -48,7 +49,7 @@ macro_rules! every_router {
 
 /// Starts the server with its standard output in a pipe, and returns the other end of that.
 #[track_caller]
-fn start_printing(chapter: Chapter) -> (Server, OwnedFd) {
+pub(crate) fn start_printing(chapter: Chapter) -> (Server, OwnedFd) {
     let (reader, writer) = pipe().unwrap();
     let mut command = Command::new(chapter.exe);
     command.args(["--addr", "127.0.0.1:0"]).stdout(Stdio::from(writer));
@@ -57,7 +58,7 @@ fn start_printing(chapter: Chapter) -> (Server, OwnedFd) {
 
 /// Waits for `text` in the pipe.
 #[track_caller]
-fn assert_printed(reader: &OwnedFd, text: &str) {
+pub(crate) fn assert_printed(reader: &OwnedFd, text: &str) {
     let (mut printed, mut stdout) = (vec![0; text.len()], File::from(reader.try_clone().unwrap()));
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -68,7 +69,7 @@ fn assert_printed(reader: &OwnedFd, text: &str) {
     assert_eq!(String::from_utf8_lossy(&printed), text);
 }
 
-pub fn messages_with_id_2_are_printed_and_not_answered(chapter: Chapter, _: &str) {
+pub fn messages_with_id_2_are_printed_and_not_answered(chapter: Chapter, _: &[&str]) {
     let (server, stdout) = start_printing(chapter);
     let client = server.connect();
     let printed = [frame(2, b"hello"), frame(2, b""), frame(2, b"two\nlines \xff\\")].concat();
@@ -84,7 +85,7 @@ fn assert_echo_after(client: &TcpStream, bytes: &[u8]) {
     assert_eq!(read(client, echo.len()), echo);
 }
 
-pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &str) {
+pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
     let server = Server::start(chapter.exe);
     let (client, other) = (server.connect(), server.connect());
     let peer = client.local_addr().unwrap();
@@ -102,7 +103,7 @@ pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &str) {
 }
 
 /// It is full, and then closed.
-pub fn survives_a_standard_output_that_takes_nothing(chapter: Chapter, _: &str) {
+pub fn survives_a_standard_output_that_takes_nothing(chapter: Chapter, _: &[&str]) {
     let (mut server, stdout) = start_printing(chapter);
     let client = server.connect();
     let before = server.status("VmRSS");
@@ -118,9 +119,9 @@ pub fn survives_a_standard_output_that_takes_nothing(chapter: Chapter, _: &str) 
     assert_eq!(server.wait().code(), Some(0));
 }
 
-pub fn the_client_prints_its_reply_and_has_it_printed(chapter: Chapter, client: &str) {
+pub fn the_client_prints_its_reply_and_has_it_printed(chapter: Chapter, client: &[&str]) {
     let (server, stdout) = start_printing(chapter);
-    let output = run(client, &["--addr", &server.addr().to_string()]);
+    let output = run_client(client, &server.addr().to_string());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert!(String::from_utf8_lossy(&output.stdout).contains("id=1 len=11 hello lars!\n"));
     assert_eq!(output.stderr, b"");
@@ -128,14 +129,14 @@ pub fn the_client_prints_its_reply_and_has_it_printed(chapter: Chapter, client: 
 }
 
 /// `localhost` may be ::1 first, where nothing listens.
-pub fn the_client_tries_every_address_of_a_name(chapter: Chapter, client: &str) {
+pub fn the_client_tries_every_address_of_a_name(chapter: Chapter, client: &[&str]) {
     let server = Server::start(chapter.exe);
     let name = format!("localhost:{}", server.addr().port());
-    assert_eq!(run(client, &["--addr", &name]).status.code(), Some(0));
+    assert_eq!(run_client(client, &name).status.code(), Some(0));
 }
 
 /// Unread input must not reset the connection before the server has read that message.
-pub fn the_client_closes_without_losing_its_last_message(_: Chapter, client: &str) {
+pub fn the_client_closes_without_losing_its_last_message(_: Chapter, client: &[&str]) {
     let (sender, receiver) = mpsc::channel();
     let addr = serve(move |stream| {
         read(&stream, 19);
@@ -143,7 +144,7 @@ pub fn the_client_closes_without_losing_its_last_message(_: Chapter, client: &st
         thread::sleep(QUIET);
         sender.send(read_to_end(&stream)).unwrap();
     });
-    let output = run(client, &["--addr", &addr.to_string()]);
+    let output = run_client(client, &addr.to_string());
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(receiver.recv_timeout(LIMIT).unwrap(), frame(2, b"hello lars!"));
 }
@@ -161,15 +162,15 @@ fn serve(action: impl FnOnce(TcpStream) + Send + 'static) -> SocketAddr {
 }
 
 #[track_caller]
-fn assert_one_line(output: &Output, text: &str) {
+pub(crate) fn assert_one_line(output: &Output, text: &str) {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert!(stderr.starts_with("error: ") && stderr.contains(text), "{stderr:?} has no {text:?}");
     assert_eq!(stderr.matches('\n').count(), 1, "{stderr:?}");
 }
 
-pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &str) {
-    let at = |addr: SocketAddr| run(client, &["--addr", &addr.to_string()]);
+pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &[&str]) {
+    let at = |addr: SocketAddr| run_client(client, &addr.to_string());
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     assert_one_line(&at(free), "cannot connect to");
     let resets = serve(|stream| {
@@ -192,10 +193,8 @@ pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &str) {
         read_to_end(&stream);
     });
     assert_one_line(&at(bad), "message length -1");
-    let mut command = Command::new(chapter.exe);
-    let full = Server::from(command.args(["--addr", "127.0.0.1:0", "--max-conns", "1"]));
-    let only = full.connect();
-    assert_echo(&only, &frame(1, b"the only place"));
+    let full = Server::start_with(chapter.exe, &["--max-conns", "1"]);
+    let _only = served(full.addr());
     wait_until("it is refused", || at(full.addr()).status.code() == Some(1));
     assert_one_line(&at(full.addr()), "the server is full");
 }

@@ -9,12 +9,15 @@
 // A test that cannot get a socket or a process has failed, so it may panic.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod every_config;
 pub mod every_hook;
 pub mod every_limiter;
 pub mod every_messenger;
+pub mod every_pool;
 pub mod every_reactor;
 pub mod every_router;
 pub mod every_server;
+pub mod every_udp;
 
 use std::env;
 use std::fs::{self, File};
@@ -322,6 +325,13 @@ impl Server {
         Self::from(Command::new(exe).args(["--addr", addr]).env_remove("RUST_LOG"))
     }
 
+    /// Starts the chapter's server `exe` on a free port, with options of its own.
+    #[track_caller]
+    pub fn start_with(exe: &str, options: &[&str]) -> Self {
+        let mut command = Command::new(exe);
+        Self::from(command.args(["--addr", "127.0.0.1:0"]).args(options).env_remove("RUST_LOG"))
+    }
+
     /// Starts the server `exe` on a free port under `limit`, the arguments of the shell's ulimit:
     /// `-n 64` for a hard limit of 64 fds, `-Sn 64` for a soft one.
     #[track_caller]
@@ -434,6 +444,14 @@ pub fn connect(addr: SocketAddr) -> TcpStream {
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     stream.set_write_timeout(Some(LIMIT)).unwrap();
     stream
+}
+
+/// Connects to `addr` and exchanges a message of chapter 4, so this client has a place.
+#[track_caller]
+pub fn served(addr: SocketAddr) -> TcpStream {
+    let client = connect(addr);
+    assert_echo(&client, &frame(1, b"hello"));
+    client
 }
 
 /// Reads exactly `n` bytes.
@@ -641,6 +659,12 @@ pub fn raise_fd_limit() -> usize {
 #[track_caller]
 pub fn run(exe: &str, args: &[&str]) -> Output {
     run_command(Command::new(exe).args(args))
+}
+
+/// Runs the client of a chapter, given as its binary and options, against the server at `addr`.
+#[track_caller]
+pub fn run_client(client: &[&str], addr: &str) -> Output {
+    run(client[0], &[&client[1..], &["--addr", addr]].concat())
 }
 
 /// Runs `command` with an empty standard input, and waits for it to end.

@@ -9,6 +9,7 @@ pub mod idle;
 pub mod load;
 pub mod report;
 pub mod target;
+pub mod udp;
 
 use std::fs;
 use std::hash::{DefaultHasher, Hasher};

@@ -55,13 +55,22 @@ impl FromStr for Cell {
     }
 }
 
+/// What the name of a scenario over UDP begins with.
+pub const UDP: &str = "udp:";
+
 /// The cell to measure, and optionally cells that load the server at the same time.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scenario(pub Vec<Cell>);
+pub struct Scenario {
+    /// Over UDP there is only one.
+    pub cells: Vec<Cell>,
+    /// Whether the load is over UDP, with a socket for each connection.
+    pub udp: bool,
+}
 
 impl fmt::Display for Scenario {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (n, cell) in self.0.iter().enumerate() {
+        f.write_str(if self.udp { UDP } else { "" })?;
+        for (n, cell) in self.cells.iter().enumerate() {
             if n > 0 {
                 f.write_str("+")?;
             }
@@ -75,7 +84,14 @@ impl FromStr for Scenario {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.split('+').map(str::parse).collect::<Result<_, _>>().map(Self)
+        let (udp, cells) = text.strip_prefix(UDP).map_or((false, text), |cells| (true, cells));
+        let cells: Vec<Cell> = cells.split('+').map(str::parse).collect::<Result<_, _>>()?;
+        // A numbered request, and the longest datagram over IPv4.
+        let fits = |cell: &Cell| cell.pipeline == 1 && (16..=65_507).contains(&cell.bytes);
+        if udp && !matches!(&cells[..], [cell] if fits(cell)) {
+            return Err("expected udp:CONNECTIONSx1xBYTES, with 16 to 65507 bytes".to_owned());
+        }
+        Ok(Self { cells, udp })
     }
 }
 
@@ -97,6 +113,14 @@ pub struct CellFigures {
     pub replies: u64,
     /// The time from sending a request to receiving its reply, in nanoseconds.
     pub latency: Histogram<u64>,
+}
+
+impl CellFigures {
+    /// Without a reply.
+    pub(crate) fn new() -> anyhow::Result<Self> {
+        let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
+        Ok(Self { replies: 0, latency })
+    }
 }
 
 struct Load {
@@ -138,14 +162,13 @@ pub fn run(
     let mut event_loop = EventLoop::new()?;
     let mut load = Load {
         conns: HashMap::new(),
-        cells: scenario.0.clone(),
+        cells: scenario.cells.clone(),
         figures: Vec::new(),
         silent: 0,
         scratch: vec![0; 256 * 1024],
     };
-    for (number, cell) in scenario.0.iter().enumerate() {
-        let latency = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-        load.figures.push(CellFigures { replies: 0, latency });
+    for (number, cell) in scenario.cells.iter().enumerate() {
+        load.figures.push(CellFigures::new()?);
         for _ in 0..cell.connections {
             load.connect(&mut event_loop, target.addr, number)?;
         }
@@ -358,10 +381,12 @@ mod tests {
 
     #[test]
     fn scenarios_are_parsed_as_they_are_printed() {
-        for text in ["1x1x64", "100x1x64+1x8x65535"] {
+        for text in ["1x1x64", "100x1x64+1x8x65535", "udp:50x1x65507"] {
             assert_eq!(text.parse::<Scenario>().unwrap().to_string(), text);
         }
-        for text in ["", "1x1", "0x1x64", "1x1x7", "1x1x65536", "1x1x64+", "1x1x64x1"] {
+        let tcp = ["", "1x1", "0x1x64", "1x1x7", "1x1x65536", "1x1x64+", "1x1x64x1"];
+        let udp = ["udp:", "udp:1x2x64", "udp:1x1x15", "udp:1x1x65508", "udp:1x1x64+1x1x64"];
+        for text in [&tcp[..], &udp].concat() {
             assert!(text.parse::<Scenario>().is_err(), "{text:?}");
         }
     }

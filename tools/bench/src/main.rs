@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use bench::load::{self, Scenario};
 use bench::report::{Accept, Calls, Idle, Load, Machine, Report, TABLES};
 use bench::target::{self, Server, Target};
-use bench::{accept, calls, idle};
+use bench::{accept, calls, idle, udp};
 use clap::Parser;
 use common::net;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -30,13 +30,13 @@ struct Args {
     #[arg(long, default_value = "2", value_parser = parse_seconds)]
     seconds: Duration,
     /// Connections x requests in flight on each x bytes of a request; after a +, more connections
-    /// that load the server meanwhile but are not measured
+    /// that load the server meanwhile but are not measured; after udp:, sockets with one request each
     #[arg(
         long,
-        value_name = "CxPxB[+CxPxB]",
+        value_name = "[udp:]CxPxB[+CxPxB]",
         value_delimiter = ',',
         default_value = "1x1x64,50x1x64,1000x1x64,50x16x64,10x4x16384,1x8x65535,100x1x64,\
-                         100x1x64+1x8x65535"
+                         100x1x64+1x8x65535,udp:1x1x64,udp:50x1x64"
     )]
     scenarios: Vec<Scenario>,
     /// The servers to measure; ratios are to the first [default: floor, the chapters, the peers]
@@ -217,11 +217,13 @@ impl Bench {
     }
 
     fn load(&self, round: usize, server: &Server, scenario: &Scenario) -> anyhow::Result<Load> {
-        let target = Target::start(server.command()?, Some(self.server_cpu))?;
-        let figures = load::run(&target, scenario, self.duration / 4, self.duration)?;
+        let command = if scenario.udp { server.command_udp() } else { server.command() };
+        let target = Target::start(command?, Some(self.server_cpu))?;
+        let run = if scenario.udp { udp::run } else { load::run };
+        let figures = run(&target, scenario, self.duration / 4, self.duration)?;
         let first = &figures.cells[0];
         let all: u64 = figures.cells.iter().map(|cell| cell.replies).sum();
-        let others = figures.cells.iter().zip(&scenario.0).skip(1);
+        let others = figures.cells.iter().zip(&scenario.cells).skip(1);
         let beside: u64 = others.map(|(cell, of)| cell.replies * of.bytes as u64).sum();
         let quantile = |q| first.latency.value_at_quantile(q) as f64 / 1000.0;
         Ok(Load {
@@ -262,7 +264,10 @@ impl Bench {
 
 /// A server that serves one client at a time can only take scenarios with one connection.
 fn can_serve(server: &Server, scenario: &Scenario) -> bool {
-    let connections: usize = scenario.0.iter().map(|cell| cell.connections).sum();
+    if scenario.udp {
+        return server.serves_udp();
+    }
+    let connections: usize = scenario.cells.iter().map(|cell| cell.connections).sum();
     server.echoes() && (connections == 1 || server.serves_many())
 }
 

@@ -10,6 +10,8 @@ use std::thread;
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+use crate::load::UDP;
+
 /// Everything that one run of the bench program has measured.
 #[derive(Serialize, Deserialize)]
 pub struct Report {
@@ -55,7 +57,8 @@ pub struct Machine {
 pub struct Load {
     /// Its name.
     pub server: String,
-    /// Connections x requests in flight x bytes; after a `+`, the load beside it.
+    /// Connections x requests in flight x bytes; after a `+`, the load beside it; `udp:` before it all
+    /// if it is over UDP.
     pub scenario: String,
     /// The number of the round, from 0.
     pub round: usize,
@@ -148,7 +151,7 @@ fn output_of(program: &str, args: &[&str]) -> String {
 pub type Table = fn(&Report) -> String;
 
 /// The tables: the name by which pages include one, its title, and the function that makes it.
-pub const TABLES: [(&str, &str, Table); 9] = [
+pub const TABLES: [(&str, &str, Table); 10] = [
     ("machine", "The machine", Report::machine),
     (
         "cpu",
@@ -162,6 +165,11 @@ pub const TABLES: [(&str, &str, Table); 9] = [
         "fairness",
         "Fairness: the p99 of 100 clients that ping, alone and beside one that sends at full speed",
         Report::fairness,
+    ),
+    (
+        "udp",
+        "UDP: CPU time per datagram echoed; for the chapters, as a ratio to the first one in the same round",
+        Report::udp,
     ),
     ("accept", "Clients accepted per second, 16 at a time", Report::accept),
     ("idle", "Resident memory", Report::idle),
@@ -207,29 +215,34 @@ impl Report {
 
     /// CPU time per reply, as a ratio to the first server in the same round.
     fn cpu(&self) -> String {
+        self.ratios(|scenario| self.is_plain(scenario))
+    }
+
+    /// The same for datagrams.
+    fn udp(&self) -> String {
+        self.ratios(|scenario| scenario.starts_with(UDP))
+    }
+
+    fn ratios(&self, wanted: impl Fn(&str) -> bool) -> String {
         let first = &self.servers[0];
-        self.by_scenario(
-            |scenario| !self.is_of_fairness(scenario),
-            |server, scenario| {
-                let ratio = median(self.loads_of(server, scenario).filter_map(|turn| {
-                    let floor =
-                        self.loads_of(first, scenario).find(|floor| floor.round == turn.round);
-                    floor.map(|floor| turn.cpu_ns / floor.cpu_ns)
-                }))?;
-                let nanos = median(self.loads_of(server, scenario).map(|turn| turn.cpu_ns))?;
-                Some(if server == first {
-                    format!("{} ns", thousands(nanos))
-                } else {
-                    format!("{ratio:.2}")
-                })
-            },
-        )
+        self.by_scenario(wanted, |server, scenario| {
+            let ratio = median(self.loads_of(server, scenario).filter_map(|turn| {
+                let floor = self.loads_of(first, scenario).find(|floor| floor.round == turn.round);
+                floor.map(|floor| turn.cpu_ns / floor.cpu_ns)
+            }))?;
+            let nanos = median(self.loads_of(server, scenario).map(|turn| turn.cpu_ns))?;
+            Some(if server == first {
+                format!("{} ns", thousands(nanos))
+            } else {
+                format!("{ratio:.2}")
+            })
+        })
     }
 
     /// Replies per second.
     fn rate(&self) -> String {
         self.by_scenario(
-            |scenario| !self.is_of_fairness(scenario),
+            |scenario| self.is_plain(scenario),
             |server, scenario| {
                 median(self.loads_of(server, scenario).map(|turn| turn.rate)).map(thousands)
             },
@@ -239,7 +252,7 @@ impl Report {
     /// The quantiles p50, p99 and p99.9 of the latency, in microseconds.
     fn latency(&self) -> String {
         self.by_scenario(
-            |scenario| !self.is_of_fairness(scenario),
+            |scenario| self.is_plain(scenario),
             |server, scenario| {
                 let quantiles: [fn(&Load) -> f64; 3] =
                     [|turn| turn.p50_us, |turn| turn.p99_us, |turn| turn.p999_us];
@@ -261,6 +274,11 @@ impl Report {
                 Some(format!("{} MB/s", thousands(rate * bytes_of(scenario) / 1e6)))
             },
         )
+    }
+
+    /// Whether a scenario is over TCP, and not about fairness.
+    fn is_plain(&self, scenario: &str) -> bool {
+        !scenario.starts_with(UDP) && !self.is_of_fairness(scenario)
     }
 
     /// Whether a scenario has another load beside it, or is the comparison for one that has.
@@ -370,7 +388,9 @@ impl Report {
         let rows = rows.collect();
         let scenarios: Vec<String> = scenarios
             .iter()
-            .map(|scenario| scenario.replace('x', "×").replace(BESIDE, " + "))
+            .map(|scenario| {
+                scenario.trim_start_matches(UDP).replace('x', "×").replace(BESIDE, " + ")
+            })
             .collect();
         let mut title = vec!["server"];
         title.extend(scenarios.iter().map(String::as_str));

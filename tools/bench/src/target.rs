@@ -43,6 +43,11 @@ impl Server {
         self.echoes() && self.name != "reactor-v02"
     }
 
+    /// Chapter 10 and later serve UDP too; chapter 13 is chapter 4 again.
+    pub fn serves_udp(&self) -> bool {
+        self.name == "floor" || ("reactor-v10".."reactor-v13").contains(&self.name.as_str())
+    }
+
     /// Chapter 5 and later limit the number of clients, which no peer does. Chapter 8 and later have
     /// several threads, of which the processor that they are pinned to could only run one.
     fn args(&self) -> &[&str] {
@@ -68,7 +73,19 @@ impl Server {
         Ok(command)
     }
 
-    /// The same under strace(1), which writes how often it made each call to `report` at the end.
+    /// The same for a load over UDP: the floor has a mode for that.
+    ///
+    /// # Errors
+    /// There is no such program in the directory of this one.
+    pub fn command_udp(&self) -> anyhow::Result<Command> {
+        let mut command = self.command()?;
+        if self.name == "floor" {
+            command.arg("udp");
+        }
+        Ok(command)
+    }
+
+    /// [`command`](Self::command) under strace(1), which writes how often it made each call to `report` at the end.
     ///
     /// # Errors
     /// There is no such program in the directory of this one.

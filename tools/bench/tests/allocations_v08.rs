@@ -5,75 +5,18 @@
 
 #[path = "../../../reactor-v08/src/conns.rs"]
 mod conns;
+#[path = "allocations/pool.rs"]
+mod pool;
 #[path = "../../../reactor-v08/src/tcp_server.rs"]
 mod tcp_server;
 #[path = "../../../reactor-v08/src/worker.rs"]
 mod worker;
 
-use std::alloc::System;
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::thread;
-use std::time::Duration;
-
-use clap::Parser;
-use common::event_loop::EventLoop;
 use common::hooks::Hooks;
 use common::limit::Limits;
-use common::message;
 use common::router::MsgRouter;
 use conns::Service;
-use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
-use tcp_server::TcpServer;
 
-/// Counts the allocations of all threads; the one of the other chapters' tests sees only its own.
-#[global_allocator]
-static HEAP: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
-
-#[derive(Parser)]
-struct Args {
-    #[command(flatten)]
-    limits: Limits,
-}
-
-#[test]
-fn no_message_costs_an_allocation() {
-    // Finds a free port by taking it and giving it back.
-    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    thread::spawn(move || {
-        let mut event_loop = EventLoop::new().unwrap();
-        let mut router = MsgRouter::new();
-        let echo = Box::new(|conn: &mut dyn common::router::NetConnection, payload: &[u8], id| {
-            conn.send_message(payload, id)
-        });
-        router.add_msg_router(1, echo).unwrap();
-        let (service, limits) =
-            (Service { router, hooks: Hooks::new() }, Args::parse_from(["test"]).limits);
-        let addr = addr.to_string().parse().unwrap();
-        let mut server = TcpServer::new(&mut event_loop, &addr, &limits, 2, service).unwrap();
-        event_loop.event_process(&mut server).unwrap();
-        server.drain(&mut event_loop).unwrap();
-    });
-    let connect = || loop {
-        match TcpStream::connect(addr) {
-            Ok(stream) => break stream,
-            Err(_) => thread::sleep(Duration::from_millis(2)),
-        }
-    };
-    let streams = [connect(), connect(), connect(), connect()];
-    let request = [&message::encode_header(1, 1000).unwrap()[..], &[7; 1000]].concat().repeat(4);
-    let mut reply = vec![0; request.len()];
-    let mut echo = |rounds| {
-        for mut stream in streams.iter().cycle().take(rounds) {
-            stream.write_all(&request).unwrap();
-            stream.read_exact(&mut reply).unwrap();
-            assert!(reply == request);
-        }
-    };
-    // Warms up the pools.
-    echo(1000);
-    let region = Region::new(HEAP);
-    echo(4000);
-    let change = region.change();
-    assert_eq!(change.allocations + change.reallocations, 0, "{change:?}");
+fn service(router: MsgRouter, hooks: Hooks, _: &Limits) -> Service {
+    Service { router, hooks }
 }

@@ -20,20 +20,28 @@ fn every_peer_can_be_measured() {
     let json = std::env::temp_dir().join(format!("bench-test-{}.json", std::process::id()));
     let output = bench()
         .args(["--servers", &PEERS.join(","), "--rounds", "2", "--seconds", "0.05"])
-        .args(["--scenarios", "3x2x64,2x1x64+1x2x65535", "--idle", "20", "--no-calls", "--json"])
+        .args([
+            "--scenarios",
+            "3x2x64,2x1x64+1x2x65535,udp:3x1x64",
+            "--idle",
+            "20",
+            "--no-calls",
+            "--json",
+        ])
         .arg(&json)
         .output()
         .unwrap();
     assert!(output.status.success(), "{output:?}");
     let report = Report::from_json(&fs::read_to_string(&json).unwrap()).unwrap();
     fs::remove_file(&json).unwrap();
-    assert_eq!(report.loads.len(), PEERS.len() * 2 * 2);
+    // Only the floor serves UDP.
+    assert_eq!(report.loads.len(), PEERS.len() * 2 * 2 + 2);
     assert_eq!((report.accepts.len(), report.idle.len()), (PEERS.len() * 2, PEERS.len()));
     assert!(report.loads.iter().all(|load| load.rate > 0.0 && load.cpu_ns > 0.0));
     assert!(report.accepts.iter().all(|accept| accept.rate > 0.0));
     // The printed tables are made from the stored figures.
     let printed = String::from_utf8(output.stdout).unwrap();
-    for name in ["cpu", "rate", "latency", "fairness", "accept", "idle"] {
+    for name in ["cpu", "rate", "latency", "fairness", "udp", "accept", "idle"] {
         assert!(printed.contains(&report.table(name).unwrap()), "{name} in {printed}");
     }
 }

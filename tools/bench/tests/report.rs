@@ -36,7 +36,9 @@ fn report() -> Report {
         rounds: 3,
         seconds: 1.0,
         servers: ["floor", "a", "b"].map(str::to_owned).to_vec(),
-        scenarios: ["1x8x65535", "9x1x64", "9x1x64+1x8x65535"].map(str::to_owned).to_vec(),
+        scenarios: ["1x8x65535", "9x1x64", "9x1x64+1x8x65535", "udp:9x1x64"]
+            .map(str::to_owned)
+            .to_vec(),
         loads: vec![
             // The machine is slower in every round, but the ratio stays the same.
             load("floor", "1x8x65535", 0, 1000.0, 10.0),
@@ -47,6 +49,8 @@ fn report() -> Report {
             load("a", "1x8x65535", 2, 6000.0, 12_345.0),
             load("a", "9x1x64", 0, 1.0, 100.0),
             load("a", "9x1x64+1x8x65535", 0, 1.0, 1_234.0),
+            load("floor", "udp:9x1x64", 0, 1000.0, 10.0),
+            load("b", "udp:9x1x64", 0, 1100.0, 10.0),
         ],
         accepts: vec![accept(0, 3.0), accept(1, 1.0), accept(2, 20_000.0)],
         idle: vec![Idle {
@@ -80,6 +84,20 @@ fn ratios_are_within_a_round_and_medians_over_them() {
             "| ------ | --------: |",
             "| floor  |  2,000 ns |",
             "| a      |      1.50 |",
+        ],
+    );
+}
+
+/// Over UDP and over TCP are in different tables.
+#[test]
+fn datagrams_have_ratios_of_their_own() {
+    assert_table(
+        "udp",
+        &[
+            "| server |   9×1×64 |",
+            "| ------ | -------: |",
+            "| floor  | 1,000 ns |",
+            "| b      |     1.10 |",
         ],
     );
 }
