@@ -48,14 +48,14 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    cli::run_server(|args: Args| {
+    cli::run_server(|given: Args| {
         let mut config = Config::<Args>::load()?;
-        if args.config.print {
+        if given.config.print {
             return write!(io::stdout(), "{config}").context("cannot print");
         }
-        let reload = args.config.file.is_some();
+        let has_file = given.config.file.is_some();
         let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
-        let mut signals = StopSignals::with_reload(&mut event_loop, reload)
+        let mut signals = StopSignals::with_reload(&mut event_loop, has_file)
             .context("cannot watch for signals")?;
         let stdout = Writer::stdout().context("cannot write to standard output")?;
         let count = Arc::new(AtomicUsize::new(0));
@@ -64,10 +64,10 @@ fn main() -> ExitCode {
         let first = service(args, &stdout, &count)?;
         let mut server = TcpServer::new(&mut event_loop, addr, &args.limits, threads, first)?;
         event_loop.event_process(&mut server)?;
-        while reload && signals.are_hangups()? {
+        while has_file && signals.are_hangups()? {
             if config.reload() {
                 let args = &config.args;
-                server.set(&args.limits, service(args, &stdout, &count)?)?;
+                server.apply(&args.limits, service(args, &stdout, &count)?)?;
             }
             event_loop.event_process(&mut server)?;
         }

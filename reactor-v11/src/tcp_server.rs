@@ -75,7 +75,7 @@ impl TcpServer {
     }
 
     /// Changes the settings while clients are connected: here, and on all threads.
-    pub fn set(&mut self, limits: &Limits, service: Service) -> Result<()> {
+    pub fn apply(&mut self, limits: &Limits, service: Service) -> Result<()> {
         self.service = Arc::new(service);
         self.workers.set_service(&self.service);
         Ok(self.limit.set(limits)?)

@@ -34,13 +34,14 @@ impl Worker {
     /// Step 3: clients, tasks or new settings have arrived in the mailbox, or it is time to stop.
     fn inbox_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("inbox_callback");
-        let Some(letters) = self.inbox.take()? else {
-            event_loop.stop();
-            return Ok(());
-        };
+        let letters = self.inbox.take()?;
         if let Some(service) = self.inbox.take_notice() {
             self.conns.set_service(event_loop, service)?;
         }
+        let Some(letters) = letters else {
+            event_loop.stop();
+            return Ok(());
+        };
         for letter in letters {
             match letter {
                 Task::NewConn(NewConn { permit, stream, peer }) => {
