@@ -6,6 +6,10 @@ use crate::router::NetConnection;
 /// that connection.
 pub type ConnHook = dyn Fn(&mut dyn NetConnection) -> anyhow::Result<()> + Send + Sync;
 
+/// The same with what the server keeps for that connection, `S` (since v12).
+pub type SessionHook<S> =
+    dyn Fn(&mut dyn NetConnection, &mut S) -> anyhow::Result<()> + Send + Sync;
+
 /// What to call when a connection starts, and when it ends (since v07).
 pub struct Hooks<F: ?Sized = ConnHook> {
     start: Option<Box<F>>,
@@ -62,5 +66,31 @@ impl Hooks {
     /// Any error of the hook.
     pub fn on_conn_close(&self, conn: &mut dyn NetConnection) -> anyhow::Result<()> {
         self.conn_close().map_or(Ok(()), |hook| hook(conn))
+    }
+}
+
+impl<S> Hooks<SessionHook<S>> {
+    /// Calls the start hook (since v12).
+    ///
+    /// # Errors
+    /// Any error of the hook.
+    pub fn on_session_start(
+        &self,
+        conn: &mut dyn NetConnection,
+        session: &mut S,
+    ) -> anyhow::Result<()> {
+        self.conn_start().map_or(Ok(()), |hook| hook(conn, session))
+    }
+
+    /// Calls the close hook (since v12).
+    ///
+    /// # Errors
+    /// Any error of the hook.
+    pub fn on_session_close(
+        &self,
+        conn: &mut dyn NetConnection,
+        session: &mut S,
+    ) -> anyhow::Result<()> {
+        self.conn_close().map_or(Ok(()), |hook| hook(conn, session))
     }
 }

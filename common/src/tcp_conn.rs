@@ -231,6 +231,11 @@ impl TcpConn {
         self.paused = true;
     }
 
+    /// Whether the callback has asked for a [`pause`](Self::pause) (since v12).
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Notes a message without a callback, and logs the first one (since v06).
     pub fn skip_message(&mut self, id: i32) {
         if self.skipped == 0 {
