@@ -779,6 +779,47 @@ chapter_v09() {
     check v09 'SIGHUP: reads the file again' check_reload v09
 }
 
+# ---- Chapter 11 ----------------------------------------------------------------------------------
+
+# What one client publishes reaches another one, which has sent something else.
+check_published() { # CHAPTER NETCAT
+    start_server "$1" 0 --threads 2
+    use_netcat "$2" stay
+    hold
+    say "$FRAME"
+    client --id 3 'hello lars!' again
+    expect_replies 'id=3 len=11 hello lars!' 'id=3 len=5 again'
+    printf '\x03\0\0\0\x0b\0\0\0hello lars!\x03\0\0\0\x05\0\0\0again' >>said
+    within "$LIMIT" cmp -s said held || expect_same said held
+    # One write is one datagram.
+    printf '\x03\0\0\0\x04\0\0\0news' >"/dev/udp/127.0.0.1/$port"
+    printf '\x03\0\0\0\x04\0\0\0news' >>said
+    within "$LIMIT" cmp -s said held || expect_same said held
+}
+
+check_published_lines() { # CHAPTER
+    start_server "$1"
+    seq 10000 >lines
+    client --id 3 <lines
+    awk '{ printf "id=3 len=%d %s\n", length($0), $0 }' lines >expected
+    expect_code 0
+    expect_same expected out
+}
+
+chapter_v11() {
+    local name options=()
+    later_chapter v11
+    check v11 'its client: a message and back, then printed' check_own_client v11 \
+        'id=1 len=11 hello lars!' goodbye
+    check v11 '--threads 2: two workers' check_threads v11
+    check v11 '--print-config: each setting and its source' check_print_config v11
+    check v11 'SIGHUP: reads the file again' check_reload v11
+    for name in "${netcats[@]}"; do
+        check v11 "$name: --id 3 is published" check_published v11 "$name"
+    done
+    check v11 'client: --id 3: 10,000 lines' check_published_lines v11
+}
+
 # ---- Later chapters without checks of their own --------------------------------------------------
 
 # They do all that chapter 5 does, for messages with id 1.
