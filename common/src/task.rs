@@ -120,7 +120,9 @@ impl<S: 'static, N> Publish for Tasks<S, N> {
 }
 
 /// The sender of a message, as a callback sees it: it can publish (since v11).
-pub struct Publisher<'a> {
+pub struct Publisher<'a, S = ()> {
+    /// What the server keeps for this connection (since v12).
+    pub session: &'a mut S,
     conn: &'a mut dyn NetConnection,
     /// `None` for a datagram.
     token: Option<Token>,
@@ -130,11 +132,12 @@ pub struct Publisher<'a> {
 
 /// Called with the sender, the payload and the id of a message (since v11). An error closes the
 /// connection.
-pub type PublisherCallback = dyn Fn(&mut Publisher, &[u8], i32) -> Result<()> + Send + Sync;
+pub type PublisherCallback<S = ()> =
+    dyn Fn(&mut Publisher<S>, &[u8], i32) -> Result<()> + Send + Sync;
 
-impl Publisher<'_> {
+impl<S> Publisher<'_, S> {
     /// Sends a message to all clients of all threads, the sender included; or to none of them if a
-    /// mailbox is full. Then this callback is called again later with the same message, so publish
+    /// mailbox has no room. Then this callback is called again later with the same message, so publish
     /// before you do anything else. A datagram is dropped instead.
     ///
     /// # Errors
@@ -150,7 +153,7 @@ impl Publisher<'_> {
     }
 }
 
-impl NetConnection for Publisher<'_> {
+impl<S> NetConnection for Publisher<'_, S> {
     fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
         self.conn.send_message(payload, id)
     }
@@ -160,26 +163,27 @@ impl NetConnection for Publisher<'_> {
     }
 }
 
-impl<F: ?Sized> MsgRouter<F> {
-    /// Calls the callback for a message of a connection, by `call` (since v11). If it has published
-    /// and has to wait, the connection is paused.
+impl<S> MsgRouter<PublisherCallback<S>> {
+    /// Calls the callback for a message of a connection (since v11). If it publishes and has to wait,
+    /// the connection is paused. Without a callback the message is skipped.
     ///
     /// # Errors
     /// Any error of the callback.
     pub fn call_publisher(
         &self,
         conn: &mut TcpConn,
+        session: &mut S,
+        payload: &[u8],
         id: i32,
         tasks: &dyn Publish,
-        call: impl FnOnce(&F, &mut Publisher) -> Result<()>,
     ) -> Result<()> {
         let Some(callback) = self.get(id) else {
             conn.skip_message(id);
             return Ok(());
         };
         let token = Some(conn.token);
-        let mut publisher = Publisher { conn, token, tasks, has_to_wait: false };
-        call(callback, &mut publisher)?;
+        let mut publisher = Publisher { session, conn, token, tasks, has_to_wait: false };
+        callback(&mut publisher, payload, id)?;
         if publisher.has_to_wait {
             conn.pause();
         }
@@ -190,12 +194,13 @@ impl<F: ?Sized> MsgRouter<F> {
     pub fn call_sender(
         &self,
         conn: &mut dyn NetConnection,
+        session: &mut S,
+        payload: &[u8],
         id: i32,
         tasks: &dyn Publish,
-        call: impl FnOnce(&F, &mut Publisher) -> Result<()>,
     ) -> Option<Result<()>> {
-        let mut publisher = Publisher { conn, token: None, tasks, has_to_wait: false };
-        let result = call(self.get(id)?, &mut publisher);
+        let mut publisher = Publisher { session, conn, token: None, tasks, has_to_wait: false };
+        let result = self.get(id)?(&mut publisher, payload, id);
         (!publisher.has_to_wait).then_some(result)
     }
 }

@@ -11,7 +11,7 @@ use common::event_loop::{Callbacks, EventLoop, Token};
 use common::hooks::Hooks;
 use common::limit::{Permit, Sweep, TimeUp, Timeouts};
 use common::router::MsgRouter;
-use common::task::{Publisher, PublisherCallback};
+use common::task::PublisherCallback;
 use common::tcp_conn::{Progress, TcpConn};
 use tracing::{debug, info, trace, warn};
 
@@ -69,8 +69,8 @@ impl Conns {
             Ok(conn) => {
                 let token = conn.token;
                 self.clients.insert(token, Box::new(Client { permit, conn }));
-                self.with_conn(event_loop, token, |conn, event_loop, service, _| {
-                    conn.do_start(event_loop, |conn| service.hooks.on_conn_start(conn))
+                self.with_conn(event_loop, token, |client, event_loop, service, _| {
+                    client.conn.do_start(event_loop, |conn| service.hooks.on_conn_start(conn))
                 })?;
             }
             Err(err) => warn!("{peer}: dropped: {err}"),
@@ -83,10 +83,10 @@ impl Conns {
         &mut self,
         event_loop: &mut Loop,
         token: Token,
-        handler: impl FnOnce(&mut TcpConn, &mut Loop, &Service, &WorkerTasks) -> Progress,
+        handler: impl FnOnce(&mut Client, &mut Loop, &Service, &WorkerTasks) -> Progress,
     ) -> Result<()> {
         let Some(mut client) = self.clients.remove(&token) else { return Ok(()) };
-        match handler(&mut client.conn, event_loop, &self.service, &self.tasks) {
+        match handler(&mut client, event_loop, &self.service, &self.tasks) {
             Ok(ControlFlow::Continue(())) => self.keep(event_loop, client),
             Ok(ControlFlow::Break(why)) => {
                 why.inspect(|err| warn!("{}: {err:#}", client.conn.peer));
@@ -130,11 +130,11 @@ impl Conns {
 }
 
 impl Service {
-    fn call(&self, conn: &mut TcpConn, payload: &[u8], id: i32, tasks: &WorkerTasks) -> Result<()> {
-        let call = |callback: &PublisherCallback, publisher: &mut Publisher| {
-            callback(publisher, payload, id)
-        };
-        self.router.call_publisher(conn, id, tasks, call)
+    fn on_message(
+        &self,
+        tasks: &WorkerTasks,
+    ) -> impl FnMut(&mut TcpConn, &[u8], i32) -> Result<()> {
+        move |conn, payload, id| self.router.call_publisher(conn, &mut (), payload, id, tasks)
     }
 }
 
@@ -159,15 +159,15 @@ impl Client {
 
 fn conn_rd_callback(state: &mut State, event_loop: &mut Loop, token: Token) -> Result<()> {
     trace!("conn_rd_callback");
-    state.conns.with_conn(event_loop, token, |conn, event_loop, service, tasks| {
-        conn.do_read(event_loop, |conn, payload, id| service.call(conn, payload, id, tasks))
+    state.conns.with_conn(event_loop, token, |client, event_loop, service, tasks| {
+        client.conn.do_read(event_loop, service.on_message(tasks))
     })
 }
 
 fn conn_wt_callback(state: &mut State, event_loop: &mut Loop, token: Token) -> Result<()> {
     trace!("conn_wt_callback");
-    state.conns.with_conn(event_loop, token, |conn, event_loop, service, tasks| {
-        conn.do_write(event_loop, |conn, payload, id| service.call(conn, payload, id, tasks))
+    state.conns.with_conn(event_loop, token, |client, event_loop, service, tasks| {
+        client.conn.do_write(event_loop, service.on_message(tasks))
     })
 }
 
@@ -184,8 +184,8 @@ pub fn publish_callback(
     let mut tokens: Vec<Token> = state.conns.clients.keys().copied().collect();
     tokens.retain(|token| Some(*token) != publisher);
     tokens.into_iter().try_for_each(|token| {
-        state.conns.with_conn(event_loop, token, |conn, event_loop, _, _| {
-            conn.do_send(event_loop, payload, id)
+        state.conns.with_conn(event_loop, token, |client, event_loop, _, _| {
+            client.conn.do_send(event_loop, payload, id)
         })
     })
 }

@@ -136,7 +136,7 @@ impl TcpServer {
         trace!("udp_callback");
         let (router, tasks) = (&self.service.router, &*self.workers.tasks);
         Ok(self.udp.do_read(event_loop, Self::udp_report_callback, |conn, payload, id| {
-            router.call_sender(conn, id, tasks, |callback, sender| callback(sender, payload, id))
+            router.call_sender(conn, &mut (), payload, id, tasks)
         })?)
     }
 
