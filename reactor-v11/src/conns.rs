@@ -171,7 +171,7 @@ fn conn_wt_callback(state: &mut State, event_loop: &mut Loop, token: Token) -> R
     })
 }
 
-/// Someone has published a message: sends it to all clients but the publisher, which has it already.
+/// Sends what was published to all clients but the publisher, which has it already.
 pub fn publish_callback(
     state: &mut State,
     event_loop: &mut Loop,
