@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::message;
 use crate::net::{self, Listener};
 use crate::router::NetConnection;
 
-/// How many datagrams are read per event, so that a flood of them leaves the other fds their turn.
+/// How many datagrams are read per event, so that a flood of them cannot starve the other fds.
 const DATAGRAMS_PER_EVENT: usize = 64;
 
 /// No datagram is longer, in bytes.
@@ -149,8 +149,8 @@ impl UdpServer {
             local => local,
         });
         let n = received.bytes;
-        if is_from(&peer, self.own_addr(local.as_ref())) {
-            debug!("{peer}: dropped: a forged datagram, which would be answered for ever");
+        if self.may_be_itself(&peer) {
+            debug!("{peer}: dropped: answering it might never end");
             self.dropped += 1;
             return Ok(());
         }
@@ -175,16 +175,16 @@ impl UdpServer {
         Ok(())
     }
 
-    /// The address that a datagram was sent to.
-    fn own_addr(&self, local: Option<&ControlMessageOwned>) -> SocketAddr {
-        let ip = match local {
-            Some(ControlMessageOwned::Ipv4PacketInfo(to)) => {
-                Ipv4Addr::from(to.ipi_addr.s_addr.to_ne_bytes()).into()
-            }
-            Some(ControlMessageOwned::Ipv6PacketInfo(to)) => to.ipi6_addr.s6_addr.into(),
-            _ => self.addr.ip(),
+    /// Whether the sender may be this socket, by a forged address: each answer would be answered. Bound
+    /// to all addresses, the socket does not know its own; a port is all it can go by.
+    fn may_be_itself(&self, peer: &SockaddrStorage) -> bool {
+        let peer = match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+            (Some(peer), _) => SocketAddr::new(peer.ip().into(), peer.port()),
+            (_, Some(peer)) => SocketAddr::new(peer.ip().into(), peer.port()),
+            _ => return false,
         };
-        SocketAddr::new(ip, self.addr.port())
+        peer.port() == self.addr.port()
+            && (self.addr.ip().is_unspecified() || peer.ip() == self.addr.ip())
     }
 
     /// Logs how many datagrams and replies have been dropped since the last time.
@@ -193,14 +193,6 @@ impl UdpServer {
         if dropped + unsent > 0 {
             info!("datagrams dropped: {dropped}; replies dropped: {unsent}");
         }
-    }
-}
-
-fn is_from(peer: &SockaddrStorage, addr: SocketAddr) -> bool {
-    match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
-        (Some(peer), _) => addr == SocketAddrV4::from(*peer).into(),
-        (_, Some(peer)) => (addr.ip(), addr.port()) == (peer.ip().into(), peer.port()),
-        _ => false,
     }
 }
 
