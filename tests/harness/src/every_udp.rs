@@ -555,7 +555,7 @@ pub fn the_tcp_client_gives_up(_: Chapter, client: &str) {
 }
 
 pub fn the_tcp_client_waits_for_its_reply_and_no_longer(_: Chapter, client: &str) {
-    // The kernel accepts its connections, and no client answers.
+    // The kernel accepts its connections, and nothing answers.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let output = run(client, &["--addr", &addr, "--timeout", "0.2", "--retry", "1"]);
