@@ -35,7 +35,7 @@ pub struct UdpServer {
     addr: SocketAddr,
     token: Token,
     datagram: Box<[u8]>,
-    /// The local address that the datagram was sent to.
+    /// Room for the control message with the address that a datagram was sent to.
     control: Vec<u8>,
     /// Datagrams that were not a message with a callback, since the last report.
     dropped: u64,
@@ -49,7 +49,7 @@ pub struct UdpServer {
 /// # Errors
 /// One line that says which of the two has failed. Typically EADDRINUSE: the port is taken.
 pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
-    // Those whose number TCP has taken stay open, so that the kernel picks another.
+    // Sockets whose port TCP has taken: they stay open, so that the kernel picks another.
     let mut tried = Vec::new();
     loop {
         let udp = UdpServer::bind(addr.resolved())
@@ -70,15 +70,12 @@ impl UdpServer {
         // Bound to all addresses of the machine, a reply would leave from any of them: a client that
         // asked another one would not take it for an answer.
         let addr = socket.local_addr()?;
+        let to_all = addr.ip().is_unspecified();
         match addr {
-            SocketAddr::V4(addr) => {
-                setsockopt(&socket, Ipv4PacketInfo, &addr.ip().is_unspecified())
-            }
-            SocketAddr::V6(addr) => {
-                setsockopt(&socket, Ipv6RecvPacketInfo, &addr.ip().is_unspecified())
-            }
-        }?;
-        let (token, dropped, unsent) = Default::default();
+            SocketAddr::V4(_) => setsockopt(&socket, Ipv4PacketInfo, &to_all)?,
+            SocketAddr::V6(_) => setsockopt(&socket, Ipv6RecvPacketInfo, &to_all)?,
+        }
+        let (token, dropped, unsent) = (Token::default(), 0, 0);
         let control = cmsg_space!(in6_pktinfo);
         let datagram = vec![0; MAX_DATAGRAM].into();
         Ok(Self { socket, addr, token, datagram, control, dropped, unsent })
@@ -111,7 +108,7 @@ impl UdpServer {
     /// second after the first loss, and has to call [`report`](Self::report).
     ///
     /// # Errors
-    /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback ends nothing.
+    /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback does not end the loop.
     pub fn do_read<S>(
         &mut self,
         event_loop: &mut EventLoop<S>,
@@ -142,7 +139,8 @@ impl UdpServer {
             recvmsg::<SockaddrStorage>(fd, &mut buffers, Some(&mut self.control), flags)?;
         let Some(peer) = received.address else { return Ok(()) };
         let local = received.cmsgs()?.next().map(|local| match local {
-            // The reply's route decides on the interface. A link-local address of IPv6 needs its own.
+            // The reply may leave through another interface. Only link-local addresses of IPv6 are
+            // tied to theirs.
             ControlMessageOwned::Ipv4PacketInfo(to) => {
                 ControlMessageOwned::Ipv4PacketInfo(in_pktinfo { ipi_ifindex: 0, ..to })
             }
@@ -175,8 +173,8 @@ impl UdpServer {
         Ok(())
     }
 
-    /// Whether the sender may be this socket, by a forged address: each answer would be answered. Bound
-    /// to all addresses, the socket does not know its own; a port is all it can go by.
+    /// Whether the sender, by a forged address, may be this socket: the server would answer itself, again
+    /// and again. Bound to all addresses, it does not know its own; the port is all it can go by.
     fn may_be_itself(&self, peer: &SockaddrStorage) -> bool {
         let peer = match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
             (Some(peer), _) => SocketAddr::new(peer.ip().into(), peer.port()),
@@ -200,7 +198,7 @@ impl UdpServer {
 struct Sender<'a> {
     socket: &'a UdpSocket,
     peer: SockaddrStorage,
-    /// Which address the datagram was sent to, if this machine has several.
+    /// Which address the datagram was sent to, if the server is bound to all of them.
     local: Option<ControlMessageOwned>,
     unsent: &'a mut u64,
 }
@@ -308,7 +306,7 @@ impl UdpClient {
             Err(err) if err.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
                 bail!("a payload of {} bytes does not fit a datagram", payload.len())
             }
-            // Also why an earlier one has not arrived.
+            // Or an ICMP error about an earlier one.
             Err(err) => debug!("{}: not sent: {err}", self.addr),
             Ok(_) => trace!("sent: id {id}, {} bytes", payload.len()),
         }
