@@ -51,6 +51,7 @@ fi
 scratch=''                                 # a directory, removed at the end
 netcats=()                                 # the commands to test with ...
 declare -A flavour                         # ... and the kind of each: openbsd, traditional or ncat
+client_options=()                          # of the chapter's own client
 declare -A binary                          # the path of each program, by the name of its package
 row_chapter=() row_check=() row_result=()  # the table at the end
 
@@ -282,9 +283,10 @@ stop_server() {
     wait "$server" || code=$?
 }
 
-# use_netcat NAME plain|close|stay: sets $nc to the command with its options.
+# use_netcat NAME plain|close|stay|udp: sets $nc to the command with its options.
 # At the end of its input, `plain` leaves this netcat to its default; `close` half-closes the connection
-# and waits for the server to close; `stay` keeps it open until the server closes.
+# and waits for the server to close; `stay` keeps it open until the server closes. `udp` sends what it reads
+# at a time as one datagram.
 use_netcat() {
     nc=("$1")
     case ${flavour[$1]}-$2 in
@@ -292,6 +294,7 @@ use_netcat() {
         # With any limit on the time afterwards, it half-closes.
         traditional-close) nc+=(-q "$LIMIT") ;;
         ncat-stay) nc+=(--no-shutdown) ;;
+        *-udp) nc+=(-u) ;;
     esac
 }
 
@@ -545,7 +548,7 @@ check_many_lines() { # CHAPTER
 check_no_server() { # CHAPTER CLIENT
     start_server "$1"
     stop_server TERM
-    run "${binary[$2]}" --addr "127.0.0.1:$port"
+    run "${binary[$2]}" --addr "127.0.0.1:$port" "${client_options[@]}"
     expect_code 1
     expect_lines err "127\.0\.0\.1:$port"
     [[ ! -s out ]] || fail 'expected: nothing on standard output' "got: $(excerpt out)"
@@ -687,7 +690,7 @@ check_skipped() { # CHAPTER
 # The client of the chapter, not of chapter 4.
 check_own_client() { # CHAPTER LINE... of its output; options of the server in $options
     start_server "$1" 0 "${options[@]}"
-    run "${binary[reactor-$1-client]}" --addr "127.0.0.1:$port"
+    run "${binary[reactor-$1-client]}" --addr "127.0.0.1:$port" "${client_options[@]}"
     expect_replies "${@:2}"
     within "$LIMIT" test -s server.out || fail 'expected: a message on standard output of the server'
     expect_lines server.out '^id=2 len=11 hello lars!$'
@@ -777,6 +780,88 @@ chapter_v09() {
     check v09 '--threads 2: two workers' check_threads v09
     check v09 '--print-config: each setting and its source' check_print_config v09
     check v09 'SIGHUP: reads the file again' check_reload v09
+}
+
+# ---- Chapter 10 ----------------------------------------------------------------------------------
+
+# A datagram that is not one message is dropped.
+check_datagrams() { # CHAPTER NETCAT
+    start_server "$1"
+    use_netcat "$2" udp
+    hold
+    say "$FRAME"
+    printf 'raw text\n' >&3
+    within "$LIMIT" grep -q ' datagrams dropped: 1; replies dropped: 0$' server.log ||
+        fail 'expected: the server logs that it has dropped a datagram'
+    say "$FRAME"
+}
+
+udp_checks() { # CHAPTER
+    local name options=() client_options=(--udp)
+    for name in "${netcats[@]}"; do
+        check "$1" "$name: a datagram is echoed" check_datagrams "$1" "$name"
+    done
+    check "$1" 'its client: --udp: a message and back, then printed' check_own_client "$1" \
+        'id=1 len=11 hello lars!' goodbye
+    client_options+=(--timeout 0.1)
+    check "$1" 'its client: --udp: no server: exit code 1' check_no_server "$1" "reactor-$1-client"
+}
+
+chapter_v10() {
+    # Each further try is a warning.
+    local client_options=(--retry 0)
+    server_checks v10
+    message_checks v10
+    limit_checks v10
+    hook_checks v10
+    check v10 '--threads 2: two workers' check_threads v10
+    check v10 '--print-config: each setting and its source' check_print_config v10
+    check v10 'SIGHUP: reads the file again' check_reload v10
+    udp_checks v10
+}
+
+# ---- Chapter 11 ----------------------------------------------------------------------------------
+
+# What one client publishes reaches another one, which has sent something else.
+check_published() { # CHAPTER NETCAT
+    start_server "$1" 0 --threads 2
+    use_netcat "$2" stay
+    hold
+    say "$FRAME"
+    client --id 3 'hello lars!' again
+    expect_replies 'id=3 len=11 hello lars!' 'id=3 len=5 again'
+    printf '\x03\0\0\0\x0b\0\0\0hello lars!\x03\0\0\0\x05\0\0\0again' >>said
+    within "$LIMIT" cmp -s said held || expect_same said held
+    # One write is one datagram.
+    printf '\x03\0\0\0\x04\0\0\0news' >"/dev/udp/127.0.0.1/$port"
+    printf '\x03\0\0\0\x04\0\0\0news' >>said
+    within "$LIMIT" cmp -s said held || expect_same said held
+}
+
+check_published_lines() { # CHAPTER
+    start_server "$1"
+    seq 10000 >lines
+    client --id 3 <lines
+    awk '{ printf "id=3 len=%d %s\n", length($0), $0 }' lines >expected
+    expect_code 0
+    expect_same expected out
+}
+
+chapter_v11() {
+    # Each further try is a warning.
+    local name options=() client_options=(--retry 0)
+    server_checks v11
+    message_checks v11
+    limit_checks v11
+    hook_checks v11
+    check v11 '--threads 2: two workers' check_threads v11
+    check v11 '--print-config: each setting and its source' check_print_config v11
+    check v11 'SIGHUP: reads the file again' check_reload v11
+    udp_checks v11
+    for name in "${netcats[@]}"; do
+        check v11 "$name: --id 3 is published" check_published v11 "$name"
+    done
+    check v11 'client: --id 3: 10,000 lines' check_published_lines v11
 }
 
 # ---- Later chapters without checks of their own --------------------------------------------------

@@ -68,3 +68,24 @@ fn new_settings_get_past_full_mailboxes() {
     clients.join().unwrap();
     server.drain(&mut event_loop).unwrap();
 }
+
+/// By the clock it has been idle for too long, but its message is there when the worker can look.
+#[test]
+fn a_reload_does_not_overtake_a_message() {
+    let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let limits = Args::parse_from(["test", "--idle-timeout", "0.2"]).limits;
+    let mut event_loop = EventLoop::new().unwrap();
+    let (router, go_on) = blocking();
+    let old = service(router, Hooks::new(), &limits);
+    let addr_arg = addr.to_string().parse().unwrap();
+    let mut server = TcpServer::new(&mut event_loop, &addr_arg, &limits, 1, old).unwrap();
+    let (blocked, idle) = (connect(addr), connect(addr));
+    while event_loop.poll_once(&mut server, Some(QUIET)).unwrap() > 0 {}
+    write(&blocked, &frame(5, b"blocks"));
+    wait_until_taken(&blocked);
+    thread::sleep(2 * limits.timeouts.idle_timeout);
+    server.apply(&limits, service(echo(), Hooks::new(), &limits)).unwrap();
+    write(&idle, &frame(1, b"hello"));
+    go_on.send(()).unwrap();
+    assert_eq!(read(&idle, 13), frame(1, b"hello"));
+}

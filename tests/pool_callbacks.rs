@@ -18,6 +18,7 @@ use harness::{
 };
 
 use crate::callbacks::echo;
+use crate::conns::Service;
 use crate::service;
 use crate::tcp_server::TcpServer;
 
@@ -28,8 +29,8 @@ pub struct Args {
 }
 
 /// A server in threads of this process.
-struct Running {
-    addr: SocketAddr,
+pub struct Running {
+    pub addr: SocketAddr,
     /// Stops it.
     mailbox: Mailbox<()>,
     thread: JoinHandle<anyhow::Result<()>>,
@@ -37,15 +38,24 @@ struct Running {
 
 impl Running {
     fn start(threads: usize, router: MsgRouter, hooks: Hooks) -> Self {
+        Self::with(threads, &[], move |limits| service(router, hooks, limits))
+    }
+
+    /// With these options, and a service that depends on them.
+    pub fn with(
+        threads: usize,
+        options: &[&str],
+        service: impl FnOnce(&Limits) -> Service + Send + 'static,
+    ) -> Self {
         raise_fd_limit();
+        let args = Args::parse_from([&["test"], options].concat());
         // Finds a free port by taking it and giving it back.
         let addr = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (mailbox, mut inbox) = mailbox().unwrap();
         let thread = thread::spawn(move || {
             let mut event_loop = EventLoop::new()?;
             inbox.register(&mut event_loop, EventLoop::stop_callback)?;
-            let (args, addr) = (Args::parse_from(["test"]), addr.to_string().parse().unwrap());
-            let service = service(router, hooks, &args.limits);
+            let (service, addr) = (service(&args.limits), addr.to_string().parse().unwrap());
             let mut server =
                 TcpServer::new(&mut event_loop, &addr, &args.limits, threads, service)?;
             event_loop.event_process(&mut server)?;
@@ -61,7 +71,7 @@ impl Running {
         self.thread.join().unwrap().map_err(|err| format!("{err:#}"))
     }
 
-    fn stop(self) -> Result<(), String> {
+    pub fn stop(self) -> Result<(), String> {
         self.mailbox.stop();
         self.join()
     }

@@ -338,8 +338,10 @@ fn a_signal_ends_it_early_with_the_figures_so_far() {
 fn it_shows_its_progress_on_a_terminal() {
     let server = Server::start(EXE);
     let (screen, terminal) = harness::open_terminal();
-    let mut command = qps(server.addr(), "--rate 100 --duration 600");
+    let mut command = qps(server.addr(), "--rate 100 --duration 5");
     let mut child = command.stdout(Stdio::null()).stderr(terminal).spawn().unwrap();
+    // Or its end of the terminal would outlive the program.
+    drop(command);
     let lines: Vec<_> = BufReader::new(screen).lines().take(2).map(Result::unwrap).collect();
     child.kill().unwrap();
     child.wait().unwrap();

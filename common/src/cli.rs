@@ -1,5 +1,6 @@
 //! The command line: arguments, exit codes and standard output (since v01).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
@@ -8,6 +9,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -75,11 +77,23 @@ impl FromStr for Addr {
     }
 }
 
+/// What has been resolved, by the text. A name is looked up once: reading a configuration again must
+/// not wait for a name server (since v09).
+static RESOLVED: Mutex<BTreeMap<String, Vec<SocketAddr>>> = Mutex::new(BTreeMap::new());
+
 /// At least one address, or the reason why there is none.
 pub(crate) fn resolve(text: &str) -> Result<Vec<SocketAddr>, String> {
+    let mut known = RESOLVED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(resolved) = known.get(text) {
+        return Ok(resolved.clone());
+    }
     let resolved = with_scope_number(text)?.to_socket_addrs();
     let resolved: Vec<_> = resolved.map_err(|err| err.to_string())?.collect();
-    if resolved.is_empty() { Err("the name has no address".to_owned()) } else { Ok(resolved) }
+    if resolved.is_empty() {
+        return Err("the name has no address".to_owned());
+    }
+    known.insert(text.to_owned(), resolved.clone());
+    Ok(resolved)
 }
 
 /// Turns `[fe80::1%eth0]:7777` into `[fe80::1%2]:7777`: std takes a network interface by number

@@ -15,8 +15,9 @@ use std::env;
 use std::error::Error;
 use std::ffi::OsString;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use clap::error::ContextKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Parser};
 use ini_roundtrip::Item;
+use nix::fcntl::OFlag;
 use tracing::{info, warn};
 
 use crate::cli;
@@ -84,7 +86,7 @@ impl<A: Parser> Config<A> {
     /// The file cannot be read, or has a mistake, even in a setting that the command line has too:
     /// one line with the file, the line in it, the key, the value and what is wrong.
     pub fn load() -> Result<Self> {
-        let given = A::command().try_get_matches()?;
+        let given = A::command().try_get_matches().map_err(|err| anyhow!(reason(err)))?;
         let file = given.get_one::<PathBuf>("file");
         let values = file.map_or(Ok(Values::new()), |path| read::<A>(path))?;
         let addr = text(&given, "addr");
@@ -92,9 +94,9 @@ impl<A: Parser> Config<A> {
         let get = |key, default| values.get(key).map_or(default, String::as_str);
         let mut options = vec![format!("--addr={}", join(get("ip", host), get("port", port)))];
         let rest = KEYS.iter().filter(|(_, option)| *option != "addr");
-        options.extend(
-            rest.filter_map(|(key, option)| Some(format!("--{option}={}", values.get(key)?))),
-        );
+        // An empty text is none.
+        let set = |key| values.get(key).filter(|value| !value.is_empty());
+        options.extend(rest.filter_map(|(key, option)| Some(format!("--{option}={}", set(key)?))));
         // Of several equal ones the last counts, which is that of the command line.
         let all = options.into_iter().map(OsString::from).chain(env::args_os().skip(1));
         let command = A::command().no_binary_name(true).args_override_self(true);
@@ -191,13 +193,17 @@ fn join(host: &str, port: &str) -> String {
 }
 
 fn read<A: Parser>(path: &Path) -> Result<Values> {
-    let text = read_text(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let file = escape(&path.display().to_string());
+    let text = read_text(path).with_context(|| format!("cannot read {file}"))?;
     let (mut values, mut in_section) = (Values::new(), false);
-    let items = ini_roundtrip::Parser::new(text.strip_prefix('\u{feff}').unwrap_or(&text));
+    // The parser would not take blanks around a section.
+    let lines = text.strip_prefix('\u{feff}').unwrap_or(&text).lines();
+    let text = lines.map(|line| line.trim_matches([' ', '\t'])).collect::<Vec<_>>().join("\n");
+    let items = ini_roundtrip::Parser::new(&text);
     // Each item is a line, except for the end of a section.
     for (item, line) in items.filter(|item| *item != Item::SectionEnd).zip(1..) {
         // Of a long line only the beginning.
-        let place = |raw: &str| format!("{}:{line}: {:.80}", path.display(), escape(raw.trim()));
+        let place = |raw: &str| format!("{file}:{line}: {:.80}", escape(raw));
         match item {
             Item::Section { name: "reactor", .. } => in_section = true,
             Item::Section { raw, .. } | Item::Error(raw) => {
@@ -217,10 +223,12 @@ fn read<A: Parser>(path: &Path) -> Result<Values> {
 }
 
 fn read_text(path: &Path) -> Result<String> {
-    // A pipe might never end.
-    ensure!(fs::metadata(path)?.is_file(), "not a regular file");
+    // A pipe might never be opened at its other end, and never be closed.
+    let flags = OFlag::O_NONBLOCK.bits();
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    ensure!(file.metadata()?.is_file(), "not a regular file");
     let mut bytes = Vec::new();
-    File::open(path)?.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
+    file.take(MAX_LEN + 1).read_to_end(&mut bytes)?;
     ensure!(bytes.len() as u64 <= MAX_LEN, "larger than 1 MiB");
     String::from_utf8(bytes).map_err(|err| {
         let valid = &err.as_bytes()[..err.utf8_error().valid_up_to()];
@@ -234,13 +242,19 @@ fn add<A: Parser>(values: &mut Values, key: &str, value: &str) -> Result<(), Str
     let (key, option) = known.ok_or_else(|| {
         format!("unknown key, expected one of {}", KEYS.map(|(key, _)| key).join(", "))
     })?;
-    let argument = format!("--{option}={value}");
+    let mut value = value.to_owned();
     match *key {
-        "ip" => cli::resolve(&join(value, "0")).map(drop)?,
-        "port" => value.parse::<u16>().map(drop).map_err(|_| "expected a port, 0 to 65535")?,
-        _ => A::command().try_get_matches_from(["", &argument]).map(drop).map_err(reason)?,
+        "ip" => cli::resolve(&join(&value, "0")).map(drop)?,
+        "port" => {
+            let port: u16 = value.parse().map_err(|_| "expected a port, 0 to 65535")?;
+            value = port.to_string();
+        }
+        _ => {
+            let argument = format!("--{option}={value}");
+            A::command().try_get_matches_from(["", &argument]).map_err(reason)?;
+        }
     }
-    let twice = values.insert(key, value.to_owned()).is_some();
+    let twice = values.insert(key, value).is_some();
     if twice { Err("the key is there twice".to_owned()) } else { Ok(()) }
 }
 
@@ -253,8 +267,11 @@ fn reason(err: clap::Error) -> String {
     }
 }
 
-/// On one line, whatever the text contains.
+/// On one line, and with nothing in it that cannot be seen.
 fn escape(text: &str) -> String {
-    let escape = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    let escape = |c: char| match c {
+        '"' | '\'' | '\\' => c.into(),
+        _ => c.escape_debug().to_string(),
+    };
     text.chars().map(escape).collect()
 }

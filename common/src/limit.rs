@@ -112,10 +112,22 @@ impl Sweep {
         Self { timeouts, timer: None }
     }
 
-    /// Replaces the timeouts (since v09). All connections have to be checked afterwards.
-    pub fn set_timeouts<S>(&mut self, event_loop: &mut EventLoop<S>, timeouts: Timeouts) {
-        self.timer.take().inspect(|(_, timer)| event_loop.cancel_timer(*timer));
+    /// Replaces the timeouts (since v09). Connections are checked in the next iteration of the loop,
+    /// after their fds: a message that has arrived by now still counts.
+    ///
+    /// # Errors
+    /// As [`EventLoop::run_after`].
+    pub fn set_timeouts<S>(
+        &mut self,
+        event_loop: &mut EventLoop<S>,
+        timeouts: Timeouts,
+        callback: IoCallback<S>,
+    ) -> io::Result<()> {
         self.timeouts = timeouts;
+        self.timer.take().inspect(|(_, timer)| event_loop.cancel_timer(*timer));
+        let timer = event_loop.run_after(Duration::ZERO, Token::default(), callback)?;
+        self.timer = Some((event_loop.now(), timer));
+        Ok(())
     }
 
     /// If a timeout applies to `conn`, makes sure that `callback` is called in time to check it. Call

@@ -162,9 +162,12 @@ impl Writer {
 }
 
 impl Drop for Writer {
-    /// Waits until all lines are written, for at most 100 ms.
+    /// The last clone waits until all lines are written, for at most 100 ms.
     fn drop(&mut self) {
-        self.finish();
+        // The thread has the other one.
+        if Arc::strong_count(&self.unwritten) == 2 {
+            self.finish();
+        }
     }
 }
 

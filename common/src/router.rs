@@ -6,7 +6,8 @@ use anyhow::ensure;
 
 use crate::tcp_conn::TcpConn;
 
-/// The sender of a message, as a callback sees it (since v06).
+/// The sender of a message, as a callback sees it (since v06). It may be a datagram's (since v10): that
+/// is sent at once, may get lost, and has no connection to close.
 pub trait NetConnection {
     /// Queues one message for it.
     ///

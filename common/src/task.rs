@@ -1,13 +1,15 @@
 //! Tasks: closures that one thread sends to the loop of another, and what they are for here: to
 //! publish a message to all clients of all threads (since v11).
 
+use std::error::Error;
+use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::event_loop::{EventLoop, Token};
 use crate::limit::Permit;
@@ -99,7 +101,7 @@ impl<S, N> Tasks<S, N> {
 
 /// How a callback publishes, whatever the state of the loops (since v11).
 pub trait Publish {
-    /// Sends a message to all clients of all threads but the publisher, who is a client of this one.
+    /// Sends a message to all clients of all threads but the publisher, a client of this one.
     /// Returns false if a mailbox has no room; then nothing is sent.
     fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool;
 }
@@ -119,6 +121,18 @@ impl<S: 'static, N> Publish for Tasks<S, N> {
     }
 }
 
+/// Why nothing was published: a mailbox has no room (since v11).
+#[derive(Debug)]
+pub struct NoRoom;
+
+impl fmt::Display for NoRoom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a mailbox has no room")
+    }
+}
+
+impl Error for NoRoom {}
+
 /// The sender of a message, as a callback sees it: it can publish (since v11).
 pub struct Publisher<'a, S = ()> {
     /// What the server keeps for this connection (since v12).
@@ -127,7 +141,6 @@ pub struct Publisher<'a, S = ()> {
     /// `None` for a datagram.
     token: Option<Token>,
     tasks: &'a dyn Publish,
-    has_to_wait: bool,
 }
 
 /// Called with the sender, the payload and the id of a message (since v11). An error closes the
@@ -136,20 +149,17 @@ pub type PublisherCallback<S = ()> =
     dyn Fn(&mut Publisher<S>, &[u8], i32) -> Result<()> + Send + Sync;
 
 impl<S> Publisher<'_, S> {
-    /// Sends a message to all clients of all threads, the sender included; or to none of them if a
-    /// mailbox has no room. Then this callback is called again later with the same message, so publish
-    /// before you do anything else. A datagram is dropped instead.
+    /// Sends a message to all clients of all threads, the sender included; or to none of them. Call it
+    /// once, before anything that must not happen twice.
     ///
     /// # Errors
-    /// As [`send_message`](NetConnection::send_message), for the sender's own copy.
+    /// [`NoRoom`] if a mailbox is half full. Pass it on: the callback is called again later, with the same
+    /// message. (A datagram is dropped instead.) And as [`send_message`](NetConnection::send_message), for
+    /// the sender's own copy.
     pub fn publish(&mut self, payload: &[u8], id: i32) -> Result<()> {
-        if !self.tasks.publish(payload, id, self.token) {
-            self.has_to_wait = true;
-        } else if self.token.is_some() {
-            // Not by a task: the connection may be closing by the time it is run.
-            self.conn.send_message(payload, id)?;
-        }
-        Ok(())
+        ensure!(self.tasks.publish(payload, id, self.token), NoRoom);
+        // Not by a task: the connection may be closing by the time it is run.
+        self.token.map_or(Ok(()), |_| self.conn.send_message(payload, id))
     }
 }
 
@@ -164,11 +174,11 @@ impl<S> NetConnection for Publisher<'_, S> {
 }
 
 impl<S> MsgRouter<PublisherCallback<S>> {
-    /// Calls the callback for a message of a connection (since v11). If it publishes and has to wait,
-    /// the connection is paused. Without a callback the message is skipped.
+    /// Calls the callback for a message of a connection (since v11). Without a callback the message is
+    /// skipped, and after [`NoRoom`] the connection is paused.
     ///
     /// # Errors
-    /// Any error of the callback.
+    /// Any other error of the callback.
     pub fn call_publisher(
         &self,
         conn: &mut TcpConn,
@@ -182,12 +192,13 @@ impl<S> MsgRouter<PublisherCallback<S>> {
             return Ok(());
         };
         let token = Some(conn.token);
-        let mut publisher = Publisher { session, conn, token, tasks, has_to_wait: false };
-        callback(&mut publisher, payload, id)?;
-        if publisher.has_to_wait {
-            conn.pause();
+        match callback(&mut Publisher { session, conn, token, tasks }, payload, id) {
+            Err(err) if err.is::<NoRoom>() => {
+                conn.pause();
+                Ok(())
+            }
+            result => result,
         }
-        Ok(())
     }
 
     /// The same for a datagram, which cannot wait (since v11). `None` if it is to be dropped.
@@ -199,8 +210,8 @@ impl<S> MsgRouter<PublisherCallback<S>> {
         id: i32,
         tasks: &dyn Publish,
     ) -> Option<Result<()>> {
-        let mut publisher = Publisher { session, conn, token: None, tasks, has_to_wait: false };
-        let result = self.get(id)?(&mut publisher, payload, id);
-        (!publisher.has_to_wait).then_some(result)
+        let result =
+            self.get(id)?(&mut Publisher { session, conn, token: None, tasks }, payload, id);
+        Some(result).filter(|result| !result.as_ref().is_err_and(|err| err.is::<NoRoom>()))
     }
 }

@@ -143,6 +143,8 @@ impl TcpConn {
         if self.paused {
             let retry = EventLoop::write_callback;
             self.retry = Some(event_loop.run_after(PAUSE, self.token, retry)?);
+            // It is not the client that is idle.
+            self.last_active = event_loop.now();
         }
         self.write_output(event_loop)
     }

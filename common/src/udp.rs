@@ -2,7 +2,7 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ use crate::message;
 use crate::net::{self, Listener};
 use crate::router::NetConnection;
 
-/// How many datagrams are read per event, so that a flood of them leaves the other fds their turn.
+/// How many datagrams are read per event, so that a flood of them cannot starve the other fds.
 const DATAGRAMS_PER_EVENT: usize = 64;
 
 /// No datagram is longer, in bytes.
@@ -35,7 +35,7 @@ pub struct UdpServer {
     addr: SocketAddr,
     token: Token,
     datagram: Box<[u8]>,
-    /// The local address that the datagram was sent to.
+    /// Room for the control message with the address that a datagram was sent to.
     control: Vec<u8>,
     /// Datagrams that were not a message with a callback, since the last report.
     dropped: u64,
@@ -49,7 +49,7 @@ pub struct UdpServer {
 /// # Errors
 /// One line that says which of the two has failed. Typically EADDRINUSE: the port is taken.
 pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
-    // Those whose number TCP has taken stay open, so that the kernel picks another.
+    // Sockets whose port TCP has taken: they stay open, so that the kernel picks another.
     let mut tried = Vec::new();
     loop {
         let udp = UdpServer::bind(addr.resolved())
@@ -70,15 +70,12 @@ impl UdpServer {
         // Bound to all addresses of the machine, a reply would leave from any of them: a client that
         // asked another one would not take it for an answer.
         let addr = socket.local_addr()?;
+        let to_all = addr.ip().is_unspecified();
         match addr {
-            SocketAddr::V4(addr) => {
-                setsockopt(&socket, Ipv4PacketInfo, &addr.ip().is_unspecified())
-            }
-            SocketAddr::V6(addr) => {
-                setsockopt(&socket, Ipv6RecvPacketInfo, &addr.ip().is_unspecified())
-            }
-        }?;
-        let (token, dropped, unsent) = Default::default();
+            SocketAddr::V4(_) => setsockopt(&socket, Ipv4PacketInfo, &to_all)?,
+            SocketAddr::V6(_) => setsockopt(&socket, Ipv6RecvPacketInfo, &to_all)?,
+        }
+        let (token, dropped, unsent) = (Token::default(), 0, 0);
         let control = cmsg_space!(in6_pktinfo);
         let datagram = vec![0; MAX_DATAGRAM].into();
         Ok(Self { socket, addr, token, datagram, control, dropped, unsent })
@@ -111,7 +108,7 @@ impl UdpServer {
     /// second after the first loss, and has to call [`report`](Self::report).
     ///
     /// # Errors
-    /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback ends nothing.
+    /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback does not end the loop.
     pub fn do_read<S>(
         &mut self,
         event_loop: &mut EventLoop<S>,
@@ -142,15 +139,16 @@ impl UdpServer {
             recvmsg::<SockaddrStorage>(fd, &mut buffers, Some(&mut self.control), flags)?;
         let Some(peer) = received.address else { return Ok(()) };
         let local = received.cmsgs()?.next().map(|local| match local {
-            // The reply's route decides on the interface. A link-local address of IPv6 needs its own.
+            // The reply may leave through another interface. Only link-local addresses of IPv6 are
+            // tied to theirs.
             ControlMessageOwned::Ipv4PacketInfo(to) => {
                 ControlMessageOwned::Ipv4PacketInfo(in_pktinfo { ipi_ifindex: 0, ..to })
             }
             local => local,
         });
         let n = received.bytes;
-        if is_from(&peer, self.own_addr(local.as_ref())) {
-            debug!("{peer}: dropped: a forged datagram, which would be answered for ever");
+        if self.may_be_itself(&peer) {
+            debug!("{peer}: dropped: answering it might never end");
             self.dropped += 1;
             return Ok(());
         }
@@ -175,16 +173,16 @@ impl UdpServer {
         Ok(())
     }
 
-    /// The address that a datagram was sent to.
-    fn own_addr(&self, local: Option<&ControlMessageOwned>) -> SocketAddr {
-        let ip = match local {
-            Some(ControlMessageOwned::Ipv4PacketInfo(to)) => {
-                Ipv4Addr::from(to.ipi_addr.s_addr.to_ne_bytes()).into()
-            }
-            Some(ControlMessageOwned::Ipv6PacketInfo(to)) => to.ipi6_addr.s6_addr.into(),
-            _ => self.addr.ip(),
+    /// Whether the sender, by a forged address, may be this socket: the server would answer itself, again
+    /// and again. Bound to all addresses, it does not know its own; the port is all it can go by.
+    fn may_be_itself(&self, peer: &SockaddrStorage) -> bool {
+        let peer = match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
+            (Some(peer), _) => SocketAddr::new(peer.ip().into(), peer.port()),
+            (_, Some(peer)) => SocketAddr::new(peer.ip().into(), peer.port()),
+            _ => return false,
         };
-        SocketAddr::new(ip, self.addr.port())
+        peer.port() == self.addr.port()
+            && (self.addr.ip().is_unspecified() || peer.ip() == self.addr.ip())
     }
 
     /// Logs how many datagrams and replies have been dropped since the last time.
@@ -196,19 +194,11 @@ impl UdpServer {
     }
 }
 
-fn is_from(peer: &SockaddrStorage, addr: SocketAddr) -> bool {
-    match (peer.as_sockaddr_in(), peer.as_sockaddr_in6()) {
-        (Some(peer), _) => addr == SocketAddrV4::from(*peer).into(),
-        (_, Some(peer)) => (addr.ip(), addr.port()) == (peer.ip().into(), peer.port()),
-        _ => false,
-    }
-}
-
 /// The sender of a datagram, as a callback sees it.
 struct Sender<'a> {
     socket: &'a UdpSocket,
     peer: SockaddrStorage,
-    /// Which address the datagram was sent to, if this machine has several.
+    /// Which address the datagram was sent to, if the server is bound to all of them.
     local: Option<ControlMessageOwned>,
     unsent: &'a mut u64,
 }
@@ -316,7 +306,7 @@ impl UdpClient {
             Err(err) if err.raw_os_error() == Some(Errno::EMSGSIZE as i32) => {
                 bail!("a payload of {} bytes does not fit a datagram", payload.len())
             }
-            // Also why an earlier one has not arrived.
+            // Or an ICMP error about an earlier one.
             Err(err) => debug!("{}: not sent: {err}", self.addr),
             Ok(_) => trace!("sent: id {id}, {} bytes", payload.len()),
         }

@@ -531,6 +531,23 @@ fn a_timer_passes_its_token_even_if_stale() {
     world.assert_calls(&[("timer", token)]);
 }
 
+/// Whatever the fd is watched for, but not once it is gone.
+#[test]
+fn a_timer_can_call_the_write_callback() {
+    let (mut event_loop, mut world) = (Loop::new().unwrap(), World::default());
+    let token = world.open(&mut event_loop, Interest::NONE, callbacks(read, write));
+    let other = world.open(&mut event_loop, Interest::NONE, Callbacks { read: None, write: None });
+    for token in [token, other, Token::default()] {
+        event_loop.run_after(Duration::ZERO, token, Loop::write_callback).unwrap();
+    }
+    run_once(&mut event_loop, &mut world);
+    world.assert_calls(&[("write", token)]);
+    event_loop.run_after(Duration::ZERO, token, Loop::write_callback).unwrap();
+    world.close(&mut event_loop, token);
+    run_once(&mut event_loop, &mut world);
+    world.assert_calls(&[]);
+}
+
 #[test]
 fn timers_that_set_timers_do_not_starve_the_fds() {
     fn again(world: &mut World, event_loop: &mut Loop, token: Token) -> anyhow::Result<()> {

@@ -79,6 +79,28 @@ fn a_full_mailbox_gives_the_letter_back_and_a_stop_gets_past_it() {
     assert_eq!(mailbox.post(78).map_err(|err| err.0), Err(78), "the loop has ended");
 }
 
+/// A place that is not used, or whose letter comes back, is given back.
+#[test]
+fn a_reserved_place_is_taken_until_it_is_used_or_dropped() {
+    let (mailbox, inbox) = mailbox().unwrap();
+    let (mut event_loop, mut state) = with_loop(inbox);
+    let places = [mailbox.reserve(2).unwrap(), mailbox.reserve(2).unwrap()];
+    assert!(mailbox.reserve(2).is_none() && mailbox.queued() == 2);
+    assert!(mailbox.post(1).is_ok(), "the limit is not that of others");
+    let [first, second] = places;
+    drop(first);
+    assert!(second.post(2).is_ok());
+    assert_eq!(mailbox.queued(), 2);
+    poll(&mut event_loop, &mut state);
+    assert_eq!((&state.letters[..], mailbox.queued()), (&[1, 2][..], 0));
+    let places: Vec<_> = (0..).map_while(|_| mailbox.reserve(usize::MAX)).collect();
+    assert_eq!(places.len(), CAPACITY);
+    assert!(mailbox.is_full() && mailbox.post(3).is_err());
+    drop((places, state));
+    assert_eq!(mailbox.reserve(1).unwrap().post(4).map_err(|err| err.0), Err(4));
+    assert_eq!(mailbox.queued(), 0);
+}
+
 #[test]
 fn a_notice_gets_past_a_full_mailbox_and_replaces_an_earlier_one() {
     let (mailbox, inbox) = mailbox().unwrap();

@@ -49,9 +49,9 @@ impl Conns {
 
     /// Replaces the service, for the clients that are connected too.
     pub fn set_service(&mut self, event_loop: &mut Loop, service: Arc<Service>) -> Result<()> {
-        self.sweep.set_timeouts(event_loop, service.timeouts);
+        let timeouts = service.timeouts;
         self.service = service;
-        self.check_times(event_loop)
+        Ok(self.sweep.set_timeouts(event_loop, timeouts, timer_callback)?)
     }
 
     /// Step 4: registers the connection, for reading at first.

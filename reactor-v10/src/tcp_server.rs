@@ -135,7 +135,7 @@ impl TcpServer {
         trace!("udp_callback");
         let router = &self.service.router;
         Ok(self.udp.do_read(event_loop, Self::udp_report_callback, |conn, payload, id| {
-            Some(router.get(id)?(conn, payload, id))
+            router.get(id).map(|callback| callback(conn, payload, id))
         })?)
     }
 

@@ -187,10 +187,11 @@ pub fn arguments_take_precedence_over_the_file_and_the_file_over_defaults(chapte
 
 /// A BOM, CRLF, comments, and what only looks like one.
 pub fn a_file_from_another_system_is_read_too(chapter: Chapter) {
-    let text = "\u{feff}; serv.conf\r\n[reactor]\r\n#maxConn = 1\r\n;maxConn = 2\r\n\r\n\
-        maxConn = 3\r\nwelcome = a = b; c # d\r\n";
+    let text = "\u{feff}; serv.conf\r\n\t[reactor] \r\n#maxConn = 1\r\n ;maxConn = 2\r\n\r\n\
+        maxConn = 3\r\nip = ::1\r\nport = +080\r\nwelcome = a = b; c # d\r\n";
     let conf = Conf::from(chapter, text.as_bytes());
     let printed = printed(&conf, &[]);
+    assert!(printed.starts_with("ip = ::1 (file)\nport = 80 (file)\n"), "{printed}");
     assert!(printed.contains("maxConn = 3 (file)\n"), "{printed}");
     assert!(printed.ends_with("\nwelcome = a = b; c # d (file)\n"), "{printed}");
 }
@@ -226,7 +227,7 @@ pub fn a_mistake_in_the_file_is_one_line_and_nothing_starts(chapter: Chapter) {
         ("[reactor]\n\n#\nmaxconn = 1", "4: maxconn = 1", keys),
         ("[reactor]\n= 1", "2: = 1", keys),
         ("[reactor]\nmaxConn", "2: maxConn", "expected KEY = VALUE"),
-        ("[reactor]\n  # indented", "2: # indented", "expected KEY = VALUE"),
+        ("[reactor]\nmaxConn = 5\u{a0}", "2: maxConn = 5\\u{a0}", "invalid digit"),
         ("[reactor]\nmaxConn = 1\nmaxConn = 1", "3: maxConn = 1", "the key is there twice"),
         ("[reactor]\nip = ::1\n[reactor]\nip = ::1", "4: ip = ::1", "the key is there twice"),
         ("[reactor]\nip = fe80::1%nope0", "2: ip = fe80::1%nope0", "no network interface"),
@@ -346,6 +347,9 @@ pub fn a_file_with_a_mistake_changes_nothing(chapter: Chapter) {
     assert_eq!(server.log().matches(" WARN ").count(), 2, "{}", server.log());
     conf.reload(&server, "welcome = new");
     assert_welcomed(&server, "new");
+    // An empty text is none.
+    conf.reload(&server, "welcome =");
+    served(server.addr());
 }
 
 /// No client is thrown out.

@@ -193,7 +193,7 @@ pub fn a_datagram_that_is_not_one_message_is_dropped(chapter: Chapter, _: &str) 
     assert!(!server.log().contains("WARN"), "{}", server.log());
 }
 
-/// Each line has the number since the one before, and the last one comes at the stop.
+/// Each line has the number since the one before, and the last one comes on shutdown.
 pub fn drops_are_logged_once_a_second(chapter: Chapter, _: &str) {
     let mut server = Server::start(chapter.exe);
     let (udp, start, mut sent) = (connect_udp(server.addr()), Instant::now(), 0);
@@ -242,7 +242,7 @@ pub fn a_reply_that_cannot_be_sent_is_counted(chapter: Chapter, _: &str) {
     }
 }
 
-/// Or it would answer itself for ever.
+/// Or it would answer itself forever.
 pub fn the_server_does_not_answer_itself(chapter: Chapter, _: &str) {
     for (addr, ips) in
         [("127.0.0.1:0", &["127.0.0.1"][..]), ("0.0.0.0:0", &["127.0.0.1", "127.0.0.5"])]
@@ -555,7 +555,7 @@ pub fn the_tcp_client_gives_up(_: Chapter, client: &str) {
 }
 
 pub fn the_tcp_client_waits_for_its_reply_and_no_longer(_: Chapter, client: &str) {
-    // The kernel accepts its connections, and nobody answers.
+    // The kernel accepts its connections, and nothing answers.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let addr = listener.local_addr().unwrap().to_string();
     let output = run(client, &["--addr", &addr, "--timeout", "0.2", "--retry", "1"]);

@@ -14,6 +14,7 @@ pub mod every_hook;
 pub mod every_limiter;
 pub mod every_messenger;
 pub mod every_pool;
+pub mod every_publisher;
 pub mod every_reactor;
 pub mod every_router;
 pub mod every_server;

@@ -26,7 +26,8 @@ pub const MAX_DEPTH: usize = 4096;
 /// How long replies may take after the end.
 const LAST_REPLIES: Duration = Duration::from_secs(1);
 
-/// The resolution of the loop's timers: being late by less is not the server's fault.
+/// The resolution of the loop's timers. A request that is sent late by less than this counts from when
+/// it was sent: that was not the server's fault.
 const TICK: Duration = Duration::from_millis(1);
 
 /// The limit on the buffers of all threads together, in bytes.

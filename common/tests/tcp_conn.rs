@@ -1,0 +1,66 @@
+//! What a connection sends of its own accord, while its peer does not read.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
+
+use std::io::Read;
+use std::net::{TcpListener, TcpStream};
+use std::ops::ControlFlow;
+use std::thread;
+
+use common::buf_pool::BufPool;
+use common::event_loop::{Callbacks, EventLoop};
+use common::tcp_conn::TcpConn;
+use harness::{frame, narrow, pattern};
+use nix::sys::socket::{setsockopt, sockopt::SndBuf};
+
+/// A connection whose kernel holds little, and its peer.
+fn connection(event_loop: &mut EventLoop<()>) -> (TcpConn, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    narrow(&peer);
+    let (stream, addr) = listener.accept().unwrap();
+    setsockopt(&stream, SndBuf, &4096).unwrap();
+    let callbacks = Callbacks { read: None, write: None };
+    let conn = TcpConn::new(event_loop, stream, addr, &BufPool::new(1 << 22), callbacks).unwrap();
+    (conn, peer)
+}
+
+/// Neither those before it nor those after it, though all of them are unsent at first.
+#[test]
+fn what_is_sent_comes_after_unsent_output_and_inside_no_message() {
+    let mut event_loop = EventLoop::new().unwrap();
+    let (mut conn, mut peer) = connection(&mut event_loop);
+    let mut expected = Vec::new();
+    for n in 0..10 {
+        let (reply, news) = (pattern(60_000, n), pattern(n as usize * 7, n));
+        conn.send_message(&reply, 1).unwrap();
+        assert!(conn.do_write(&mut event_loop, |_, _, _| Ok(())).unwrap().is_continue());
+        assert!(n == 0 || !conn.output.is_empty());
+        assert!(conn.do_send(&mut event_loop, &news, 3).unwrap().is_continue());
+        expected.extend([frame(1, &reply), frame(3, &news)].concat());
+    }
+    let mut received = vec![0; expected.len()];
+    let reader = thread::spawn(move || peer.read_exact(&mut received).map(|()| received));
+    while !conn.output.is_empty() {
+        let progress = conn.do_write(&mut event_loop, |_, _, _| Ok(()));
+        assert!(matches!(progress, Ok(ControlFlow::Continue(()))));
+    }
+    assert!(reader.join().unwrap().unwrap() == expected);
+}
+
+#[test]
+fn a_slow_consumer_fails_above_the_high_water_mark() {
+    const HIGH_WATER: usize = 960 * 1024;
+    let mut event_loop = EventLoop::new().unwrap();
+    let (mut conn, _peer) = connection(&mut event_loop);
+    let err = loop {
+        let before = conn.output.len();
+        match conn.do_send(&mut event_loop, &[7; 10_000], 3) {
+            Ok(progress) => assert!(progress.is_continue() && before <= HIGH_WATER),
+            Err(err) => break err,
+        }
+    };
+    assert_eq!(err.to_string(), "it reads too slowly");
+    let unsent = conn.output.len();
+    assert!(unsent > HIGH_WATER && unsent <= HIGH_WATER + 10_008, "{unsent}");
+}
