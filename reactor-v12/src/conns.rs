@@ -53,9 +53,9 @@ impl Conns {
 
     /// Replaces the service, for the clients that are connected too.
     pub fn set_service(&mut self, event_loop: &mut Loop, service: Arc<Service>) -> Result<()> {
-        self.sweep.set_timeouts(event_loop, service.timeouts);
+        let timeouts = service.timeouts;
         self.service = service;
-        self.check_times(event_loop)
+        Ok(self.sweep.set_timeouts(event_loop, timeouts, timer_callback)?)
     }
 
     /// Step 4: registers the connection, for reading at first.
@@ -182,7 +182,7 @@ fn conn_wt_callback(state: &mut State, event_loop: &mut Loop, token: Token) -> R
     })
 }
 
-/// Someone has published a message: sends it to all clients but the publisher, which has it already.
+/// Sends what was published to all clients but the publisher, which has it already.
 pub fn publish_callback(
     state: &mut State,
     event_loop: &mut Loop,

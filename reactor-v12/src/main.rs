@@ -4,13 +4,13 @@ mod conns;
 mod tcp_server;
 mod worker;
 
-use std::io::{self, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context;
-use common::cli::{self, ServerArgs, ThreadArgs};
+use common::cli::{self, ServerArgs, Stdout, ThreadArgs};
 use common::config::{Config, ConfigArgs};
 use common::event_loop::EventLoop;
 use common::hooks::{Hooks, SessionHook};
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
     cli::run_server(|given: Args| {
         let mut config = Config::<Args>::load()?;
         if given.config.print {
-            return write!(io::stdout(), "{config}").context("cannot print");
+            return write!(Stdout::new()?, "{config}").context("cannot print");
         }
         let has_file = given.config.file.is_some();
         let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
