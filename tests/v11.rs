@@ -25,4 +25,4 @@ harness::every_hook!(CHAPTER, CLIENT, "--retry", "0", "--timeout", "30");
 harness::every_pool!(CHAPTER);
 harness::every_config!(CHAPTER);
 harness::every_udp!(CHAPTER, CLIENT);
-harness::every_publisher!(CHAPTER);
+harness::every_publisher!(CHAPTER, b"");
