@@ -1,5 +1,5 @@
 //! Callbacks that publish while a mailbox is full: from chapter 11 on. Each chapter's test has a
-//! `publisher_service` of its own, with the chapter's modules.
+//! `Session` and a `publisher_service` of its own, with the chapter's modules.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -18,18 +18,18 @@ use harness::{
 };
 
 use crate::pool_callbacks::{Running, blocking};
-use crate::publisher_service;
+use crate::{Session, publisher_service};
 
 /// How many publications a mailbox takes; the other half is for clients.
-const ROOM: usize = CAPACITY / 2;
+pub const ROOM: usize = CAPACITY / 2;
 
 /// More than there is room for.
-const MANY: usize = ROOM + 100;
+pub const MANY: usize = ROOM + 100;
 
 /// The router of earlier chapters, whose callbacks do not publish.
-pub fn for_publishers(router: MsgRouter) -> MsgRouter<PublisherCallback> {
-    let mut publishers = MsgRouter::<PublisherCallback>::default();
-    let call = move |conn: &mut Publisher, payload: &[u8], id| {
+pub fn for_publishers(router: MsgRouter) -> MsgRouter<PublisherCallback<Session>> {
+    let mut publishers = MsgRouter::<PublisherCallback<Session>>::default();
+    let call = move |conn: &mut Publisher<Session>, payload: &[u8], id| {
         router.get(id).map_or(Ok(()), |callback| callback(conn, payload, id))
     };
     publishers.set_default(Box::new(call));
@@ -37,7 +37,7 @@ pub fn for_publishers(router: MsgRouter) -> MsgRouter<PublisherCallback> {
 }
 
 /// A server with two workers, one of which is blocked by a callback.
-struct Blocked {
+pub struct Blocked {
     server: Running,
     /// The client of that callback.
     blocked: TcpStream,
@@ -47,7 +47,7 @@ struct Blocked {
 impl Blocked {
     /// Besides what [`blocking`] has, id 3 calls `publish`.
     #[track_caller]
-    fn new(options: &[&str], hooks: Hooks, publish: Box<PublisherCallback>) -> Self {
+    pub fn new(options: &[&str], hooks: Hooks, publish: Box<PublisherCallback<Session>>) -> Self {
         let (router, go_on) = blocking();
         let mut router = for_publishers(router);
         router.add_msg_router(3, publish).unwrap();
@@ -58,31 +58,31 @@ impl Blocked {
 
     /// A new client of the blocked worker, and one of the other, which get their clients in turn.
     #[track_caller]
-    fn clients(&self) -> [TcpStream; 2] {
+    pub fn clients(&self) -> [TcpStream; 2] {
         let other = served(self.server.addr);
         [served(self.server.addr), other]
     }
 
     #[track_caller]
-    fn block(&self) {
+    pub fn block(&self) {
         write(&self.blocked, &frame(5, b"blocks"));
         harness::wait_until_taken(&self.blocked);
     }
 
     /// Lets the callback go on. Its client gets what was published meanwhile, and its own reply.
     #[track_caller]
-    fn go_on(&self, published: &[u8]) {
+    pub fn go_on(&self, published: &[u8]) {
         self.go_on.send(()).unwrap();
         let expected = [&frame(5, b"blocks"), published].concat();
         assert!(read(&self.blocked, expected.len()) == expected);
     }
 }
 
-fn publishing() -> Box<PublisherCallback> {
+fn publishing() -> Box<PublisherCallback<Session>> {
     Box::new(|conn, payload, id| conn.publish(payload, id))
 }
 
-fn numbered(numbers: std::ops::Range<usize>) -> Vec<u8> {
+pub fn numbered(numbers: std::ops::Range<usize>) -> Vec<u8> {
     numbers.flat_map(|n| frame(3, &n.to_le_bytes())).collect()
 }
 
@@ -91,7 +91,7 @@ fn numbered(numbers: std::ops::Range<usize>) -> Vec<u8> {
 fn a_message_waits_until_every_mailbox_has_room_for_it() {
     let calls = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&calls);
-    let publish = move |conn: &mut Publisher, payload: &[u8], id| {
+    let publish = move |conn: &mut Publisher<Session>, payload: &[u8], id| {
         counter.fetch_add(1, Ordering::Relaxed);
         conn.publish(payload, id)
     };
@@ -230,7 +230,7 @@ fn a_datagram_is_published_while_there_is_room() {
 /// A callback that makes a message too long to publish is the end of its own client alone.
 #[test]
 fn a_message_that_is_too_long_to_publish_ends_its_sender_alone() {
-    let longer = |conn: &mut Publisher, payload: &[u8], id| {
+    let longer = |conn: &mut Publisher<Session>, payload: &[u8], id| {
         conn.publish(&[payload, b"and more"].concat(), id)
     };
     let server = Blocked::new(&[], Hooks::new(), Box::new(longer));
@@ -248,7 +248,7 @@ fn a_message_that_is_too_long_to_publish_ends_its_sender_alone() {
 /// Although it is called again for the same message.
 #[test]
 fn a_callback_that_waited_answers_once_and_closes_afterwards() {
-    let publish_and_answer = |conn: &mut Publisher, payload: &[u8], id: i32| {
+    let publish_and_answer = |conn: &mut Publisher<Session>, payload: &[u8], id: i32| {
         conn.publish(payload, id)?;
         conn.send_message(payload, id + 1)?;
         if payload == b"close" {

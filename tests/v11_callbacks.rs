@@ -25,12 +25,15 @@ use crate::conns::Service;
 use crate::pool_callbacks::start;
 use crate::publish_callbacks::for_publishers;
 
+/// There is none yet.
+type Session = ();
+
 fn service(router: MsgRouter, hooks: Hooks, limits: &Limits) -> Service {
     publisher_service(for_publishers(router), hooks, limits)
 }
 
 fn publisher_service(
-    router: MsgRouter<PublisherCallback>,
+    router: MsgRouter<PublisherCallback<Session>>,
     hooks: Hooks,
     limits: &Limits,
 ) -> Service {
