@@ -58,14 +58,14 @@ macro_rules! every_config {
 const SERV_CONF: &str = "[reactor]\nip = 127.0.0.1\nport = 7777\nmaxConn = 1024\nthreadNum = 5\n\n";
 
 /// A configuration file, removed at the end of its test.
-struct Conf {
+pub struct Conf {
     path: PathBuf,
     exe: &'static str,
 }
 
 impl Conf {
     /// With these lines in the section `[reactor]`.
-    fn new(chapter: Chapter, lines: &str) -> Self {
+    pub fn new(chapter: Chapter, lines: &str) -> Self {
         let conf = Self::from(chapter, b"");
         conf.set(lines);
         conf
@@ -105,13 +105,13 @@ impl Conf {
 
     /// Starts it with these options on a free port.
     #[track_caller]
-    fn start(&self, options: &[&str]) -> Server {
+    pub fn start(&self, options: &[&str]) -> Server {
         Server::from(self.command().args(["--addr", "127.0.0.1:0"]).args(options))
     }
 
     /// Sets the lines, and has the server read them. Returns what it logs about that.
     #[track_caller]
-    fn reload(&self, server: &Server, lines: &str) -> String {
+    pub fn reload(&self, server: &Server, lines: &str) -> String {
         self.set(lines);
         reload(server)
     }

@@ -521,7 +521,8 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
         chapter.ping(client, b"hello");
     }
     let each = (server.status("VmRSS") - before) * 1024 / n as u64;
-    assert!(each <= 300, "{each} bytes each");
+    // 310 in chapter 11; in chapter 12 its session too.
+    assert!(each <= 340, "{each} bytes each");
     server.wait_until_asleep();
     server.signal(Signal::SIGTERM);
     assert_stopped_with_nothing_in_use(&mut server);
