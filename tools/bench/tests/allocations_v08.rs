@@ -17,6 +17,9 @@ use common::limit::Limits;
 use common::router::MsgRouter;
 use conns::Service;
 
+/// There is none yet.
+type Session = ();
+
 fn service(router: MsgRouter, hooks: Hooks, _: &Limits) -> Service {
     Service { router, hooks }
 }

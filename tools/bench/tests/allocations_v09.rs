@@ -18,6 +18,9 @@ use common::limit::Limits;
 use common::router::MsgRouter;
 use conns::Service;
 
+/// There is none yet.
+type Session = ();
+
 fn service(router: MsgRouter, hooks: Hooks, limits: &Limits) -> Service {
     Service { router, hooks, timeouts: limits.timeouts }
 }

@@ -19,9 +19,12 @@ use common::router::MsgRouter;
 use common::task::{Publisher, PublisherCallback};
 use conns::Service;
 
+/// There is none yet.
+type Session = ();
+
 fn service(router: MsgRouter, hooks: Hooks, limits: &Limits) -> Service {
-    let mut publishers = MsgRouter::<PublisherCallback>::default();
-    let call = move |conn: &mut Publisher, payload: &[u8], id| {
+    let mut publishers = MsgRouter::<PublisherCallback<Session>>::default();
+    let call = move |conn: &mut Publisher<Session>, payload: &[u8], id| {
         router.get(id).map_or(Ok(()), |callback| callback(conn, payload, id))
     };
     publishers.set_default(Box::new(call));
