@@ -822,27 +822,37 @@ chapter_v10() {
 
 # ---- Chapter 11 ----------------------------------------------------------------------------------
 
+# published TEXT...: the texts as messages with id 3.
+published() {
+    local text
+    for text; do
+        # Bytes 4 to 7 are the length.
+        printf '\x03\0\0\0\'"x$(printf %02x ${#text})"'\0\0\0%s' "$text"
+    done
+}
+
 # What one client publishes reaches another one, which has sent something else.
-check_published() { # CHAPTER NETCAT
+check_published() { # CHAPTER NETCAT [WHAT COMES BEFORE THE TEXT]
+    local before=${3-}
     start_server "$1" 0 --threads 2
     use_netcat "$2" stay
     hold
     say "$FRAME"
     client --id 3 'hello lars!' again
-    expect_replies 'id=3 len=11 hello lars!' 'id=3 len=5 again'
-    printf '\x03\0\0\0\x0b\0\0\0hello lars!\x03\0\0\0\x05\0\0\0again' >>said
+    expect_replies "id=3 len=$((${#before} + 11)) ${before}hello lars!" "id=3 len=$((${#before} + 5)) ${before}again"
+    published "${before}hello lars!" "${before}again" >>said
     within "$LIMIT" cmp -s said held || expect_same said held
     # One write is one datagram.
     printf '\x03\0\0\0\x04\0\0\0news' >"/dev/udp/127.0.0.1/$port"
-    printf '\x03\0\0\0\x04\0\0\0news' >>said
+    published "${before}news" >>said
     within "$LIMIT" cmp -s said held || expect_same said held
 }
 
-check_published_lines() { # CHAPTER
+check_published_lines() { # CHAPTER [WHAT COMES BEFORE THE TEXT]
     start_server "$1"
     seq 10000 >lines
     client --id 3 <lines
-    awk '{ printf "id=3 len=%d %s\n", length($0), $0 }' lines >expected
+    awk -v before="${2-}" '{ $0 = before $0; printf "id=3 len=%d %s\n", length($0), $0 }' lines >expected
     expect_code 0
     expect_same expected out
 }
@@ -862,6 +872,42 @@ chapter_v11() {
         check v11 "$name: --id 3 is published" check_published v11 "$name"
     done
     check v11 'client: --id 3: 10,000 lines' check_published_lines v11
+}
+
+# ---- Chapter 12 ----------------------------------------------------------------------------------
+
+# A connection has a nickname, and each one its own.
+check_nickname() { # CHAPTER
+    start_server "$1"
+    client --id 4 lars 'Lars B.'
+    expect_replies 'id=4 len=4 lars' 'id=4 len=7 Lars B.'
+    client --id 5 '' ''
+    expect_replies 'id=5 len=11 anonymous 1' 'id=5 len=11 anonymous 2'
+}
+
+check_bad_nickname() { # CHAPTER
+    start_server "$1"
+    client --id 4 $'two\nlines'
+    expect_replies 'id=-4 len=36 a nickname has no control characters'
+}
+
+chapter_v12() {
+    # Each further try is a warning.
+    local name options=() client_options=(--retry 0)
+    server_checks v12
+    message_checks v12
+    limit_checks v12
+    hook_checks v12
+    check v12 '--threads 2: two workers' check_threads v12
+    check v12 '--print-config: each setting and its source' check_print_config v12
+    check v12 'SIGHUP: reads the file again' check_reload v12
+    udp_checks v12
+    for name in "${netcats[@]}"; do
+        check v12 "$name: --id 3 is published with a name" check_published v12 "$name" 'anonymous: '
+    done
+    check v12 'client: --id 3: 10,000 lines' check_published_lines v12 'anonymous: '
+    check v12 'client: --id 4 sets a nickname, --id 5 asks for it' check_nickname v12
+    check v12 'client: --id 4: two lines are no nickname' check_bad_nickname v12
 }
 
 # ---- Later chapters without checks of their own --------------------------------------------------
