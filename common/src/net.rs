@@ -151,7 +151,7 @@ pub(crate) fn bind_first<T>(
 }
 
 fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
-    let fd = socket_for(addr, SockType::Stream, SockFlag::empty())?;
+    let fd = new_socket(addr, SockType::Stream, SockFlag::empty())?;
     // Without this, bind fails while connections of an earlier server are in TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
     // Accepted sockets inherit these.
@@ -171,7 +171,7 @@ fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
 /// # Errors
 /// Any socket(2) error, and any connect(2) error that is known at once, typically ENETUNREACH.
 pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
-    let fd = socket_for(addr, SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
+    let fd = new_socket(addr, SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
     match nix::sys::socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
         // EINTR: the attempt continues in the kernel.
         Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
@@ -196,7 +196,8 @@ pub fn connect_result(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-pub(crate) fn socket_for(
+/// A socket of the address family of `addr`, which is not bound yet.
+pub(crate) fn new_socket(
     addr: SocketAddr,
     kind: SockType,
     flags: SockFlag,

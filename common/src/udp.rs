@@ -67,7 +67,7 @@ pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
 impl UdpServer {
     fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
         let socket = net::bind_first(addrs, |addr| {
-            let fd = net::socket_for(addr, SockType::Datagram, SockFlag::SOCK_NONBLOCK)?;
+            let fd = net::new_socket(addr, SockType::Datagram, SockFlag::SOCK_NONBLOCK)?;
             // Bound to all addresses of the machine, a reply would leave from any of them: a client
             // that asked another one would not take it for an answer.
             match addr {
@@ -106,9 +106,9 @@ impl UdpServer {
         event_loop.del_io_event(&self.socket, self.token)
     }
 
-    /// Reads datagrams, at most 64 or one of the longest, and passes each that is exactly one message to `on_message`, which
-    /// returns `None` if there is no callback for it. The others are dropped. `report` is called a
-    /// second after the first loss, and has to call [`report`](Self::report).
+    /// Reads datagrams, at most 64 or one of the longest, and passes each that is exactly one message
+    /// to `on_message`, which returns `None` if there is no callback for it. The others are dropped.
+    /// `report` is called a second after the first loss, and has to call [`report`](Self::report).
     ///
     /// # Errors
     /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback does not end the loop.
