@@ -14,7 +14,8 @@ use common::router::{MsgRouter, NetConnection};
 use common::task::{Publisher, PublisherCallback};
 use harness::every_udp::{assert_udp_echo, connect_udp};
 use harness::{
-    assert_echo, assert_silent, frame, read, read_to_end, reset, served, wait_until, write,
+    assert_echo, assert_silent, connect, frame, read, read_to_end, reset, served, wait_until,
+    wait_until_taken, write,
 };
 
 use crate::pool_callbacks::{Running, blocking};
@@ -66,7 +67,7 @@ impl Blocked {
     #[track_caller]
     pub fn block(&self) {
         write(&self.blocked, &frame(5, b"blocks"));
-        harness::wait_until_taken(&self.blocked);
+        wait_until_taken(&self.blocked);
     }
 
     /// Lets the callback go on. Its client gets what was published meanwhile, and its own reply.
@@ -137,7 +138,7 @@ fn a_publisher_that_waits_may_end() {
     publisher.shutdown(Shutdown::Write).unwrap();
     assert!(read(&resets, 16 * ROOM) == numbered(0..ROOM));
     write(&resets, &frame(3, b"after all"));
-    harness::wait_until_taken(&resets);
+    wait_until_taken(&resets);
     let before = closed.load(Ordering::Relaxed);
     reset(resets);
     wait_until("it is gone", || closed.load(Ordering::Relaxed) == before + 1);
@@ -149,14 +150,16 @@ fn a_publisher_that_waits_may_end() {
 /// It is the server that makes it wait.
 #[test]
 fn a_publisher_that_waits_does_not_time_out() {
-    let options = ["--idle-timeout", "1", "--frame-timeout", "1"];
+    let options = ["--idle-timeout", "2", "--frame-timeout", "2"];
     let server = Blocked::new(&options, Hooks::new(), publishing());
-    let [_beside, publisher] = server.clients();
     server.block();
+    let publisher = served(server.server.addr);
     let messages = numbered(0..MANY);
     // Its input ends inside a message.
     write(&publisher, &messages[..messages.len() - 3]);
     assert!(read(&publisher, 16 * ROOM) == numbered(0..ROOM));
+    // The workers get their clients in turn.
+    let _waits = connect(server.server.addr);
     // On the same worker, and idle for a shorter time.
     assert_eq!(read_to_end(&served(server.server.addr)), b"");
     server.go_on.send(()).unwrap();
@@ -171,7 +174,7 @@ fn new_clients_are_handed_over_while_messages_wait() {
     server.block();
     write(&publisher, &numbered(0..MANY));
     assert!(read(&publisher, 16 * ROOM) == numbered(0..ROOM));
-    let clients: Vec<TcpStream> = (0..200).map(|_| harness::connect(server.server.addr)).collect();
+    let clients: Vec<TcpStream> = (0..200).map(|_| connect(server.server.addr)).collect();
     clients.iter().for_each(|client| write(client, &frame(1, b"hello")));
     // The workers get them in turn, so the other one has not got them all.
     for (n, client) in clients.iter().enumerate() {

@@ -151,7 +151,7 @@ pub(crate) fn bind_first<T>(
 }
 
 fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
-    let fd = tcp_socket(addr, SockFlag::empty())?;
+    let fd = new_socket(addr, SockType::Stream, SockFlag::empty())?;
     // Without this, bind fails while connections of an earlier server are in TIME_WAIT.
     setsockopt(&fd, ReuseAddr, &true)?;
     // Accepted sockets inherit these.
@@ -171,7 +171,7 @@ fn listen_on(addr: SocketAddr) -> io::Result<TcpListener> {
 /// # Errors
 /// Any socket(2) error, and any connect(2) error that is known at once, typically ENETUNREACH.
 pub fn connect(addr: SocketAddr) -> io::Result<TcpStream> {
-    let fd = tcp_socket(addr, SockFlag::SOCK_NONBLOCK)?;
+    let fd = new_socket(addr, SockType::Stream, SockFlag::SOCK_NONBLOCK)?;
     match nix::sys::socket::connect(fd.as_raw_fd(), &SockaddrStorage::from(addr)) {
         // EINTR: the attempt continues in the kernel.
         Ok(()) | Err(Errno::EINPROGRESS | Errno::EINTR) => Ok(TcpStream::from(fd)),
@@ -196,9 +196,14 @@ pub fn connect_result(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-fn tcp_socket(addr: SocketAddr, flags: SockFlag) -> nix::Result<OwnedFd> {
+/// A socket of the address family of `addr`, which is not bound yet.
+pub(crate) fn new_socket(
+    addr: SocketAddr,
+    kind: SockType,
+    flags: SockFlag,
+) -> nix::Result<OwnedFd> {
     let family = if addr.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC | flags, None)
+    socket(family, kind, SockFlag::SOCK_CLOEXEC | flags, None)
 }
 
 /// True if a client gave up while it was pending (ECONNABORTED), or its network failed, which Linux

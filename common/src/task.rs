@@ -14,6 +14,7 @@ use anyhow::{Result, ensure};
 use crate::event_loop::{EventLoop, Token};
 use crate::limit::Permit;
 use crate::mailbox::{CAPACITY, Inbox, Mailbox, NotPosted, mailbox};
+use crate::message;
 use crate::router::{MsgRouter, NetConnection};
 use crate::tcp_conn::TcpConn;
 
@@ -157,6 +158,8 @@ impl<S> Publisher<'_, S> {
     /// message. (A datagram is dropped instead.) And as [`send_message`](NetConnection::send_message), for
     /// the sender's own copy.
     pub fn publish(&mut self, payload: &[u8], id: i32) -> Result<()> {
+        // Too long a message is this client's mistake, and must not reach the others.
+        message::encode_header(id, payload.len())?;
         ensure!(self.tasks.publish(payload, id, self.token), NoRoom);
         // Not by a task: the connection may be closing by the time it is run.
         self.token.map_or(Ok(()), |_| self.conn.send_message(payload, id))

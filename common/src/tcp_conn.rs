@@ -43,8 +43,8 @@ pub struct TcpConn {
     closed: bool,
     /// Set by [`pause`](Self::pause): `input` begins with a message that is still to be handled.
     paused: bool,
-    /// Set while paused.
-    retry: Option<TimerId>,
+    /// Set while paused. Boxed, because that is rare, and there are many connections.
+    retry: Option<Box<TimerId>>,
     /// How many messages had no callback.
     skipped: u64,
     /// When it was made, last completed a message, or the kernel last took output.
@@ -130,7 +130,7 @@ impl TcpConn {
         on_message: impl FnMut(&mut Self, &[u8], i32) -> anyhow::Result<()>,
     ) -> Progress {
         self.paused = false;
-        self.retry.take().inspect(|timer| event_loop.cancel_timer(*timer));
+        self.retry.take().inspect(|timer| event_loop.cancel_timer(**timer));
         if !self.full || self.output.is_empty() {
             if let Err(err) = self.handle_messages(event_loop.now(), on_message) {
                 return Ok(ControlFlow::Break(Some(err)));
@@ -142,7 +142,7 @@ impl TcpConn {
         }
         if self.paused {
             let retry = EventLoop::write_callback;
-            self.retry = Some(event_loop.run_after(PAUSE, self.token, retry)?);
+            self.retry = Some(Box::new(event_loop.run_after(PAUSE, self.token, retry)?));
             // It is not the client that is idle.
             self.last_active = event_loop.now();
         }

@@ -6,12 +6,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::libc::{in_pktinfo, in6_pktinfo};
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrStorage, bind,
+    recvmsg, sendmsg, setsockopt,
     sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
 };
 use tracing::{debug, info, trace, warn};
@@ -65,16 +66,18 @@ pub fn bind_both(addr: &Addr) -> Result<(Listener, UdpServer)> {
 
 impl UdpServer {
     fn bind(addrs: &[SocketAddr]) -> io::Result<Self> {
-        let socket = net::bind_first(addrs, UdpSocket::bind)?;
-        socket.set_nonblocking(true)?;
-        // Bound to all addresses of the machine, a reply would leave from any of them: a client that
-        // asked another one would not take it for an answer.
+        let socket = net::bind_first(addrs, |addr| {
+            let fd = net::new_socket(addr, SockType::Datagram, SockFlag::SOCK_NONBLOCK)?;
+            // Bound to all addresses of the machine, a reply would leave from any of them: a client
+            // that asked another one would not take it for an answer.
+            match addr {
+                SocketAddr::V4(_) => setsockopt(&fd, Ipv4PacketInfo, &is_any(addr))?,
+                SocketAddr::V6(_) => setsockopt(&fd, Ipv6RecvPacketInfo, &is_any(addr))?,
+            }
+            bind(fd.as_raw_fd(), &SockaddrStorage::from(addr))?;
+            Ok(UdpSocket::from(fd))
+        })?;
         let addr = socket.local_addr()?;
-        let to_all = addr.ip().is_unspecified();
-        match addr {
-            SocketAddr::V4(_) => setsockopt(&socket, Ipv4PacketInfo, &to_all)?,
-            SocketAddr::V6(_) => setsockopt(&socket, Ipv6RecvPacketInfo, &to_all)?,
-        }
         let (token, dropped, unsent) = (Token::default(), 0, 0);
         let control = cmsg_space!(in6_pktinfo);
         let datagram = vec![0; MAX_DATAGRAM].into();
@@ -103,9 +106,9 @@ impl UdpServer {
         event_loop.del_io_event(&self.socket, self.token)
     }
 
-    /// Reads datagrams, at most 64, and passes each that is exactly one message to `on_message`, which
-    /// returns `None` if there is no callback for it. The others are dropped. `report` is called a
-    /// second after the first loss, and has to call [`report`](Self::report).
+    /// Reads datagrams, at most 64 or one of the longest, and passes each that is exactly one message
+    /// to `on_message`, which returns `None` if there is no callback for it. The others are dropped.
+    /// `report` is called a second after the first loss, and has to call [`report`](Self::report).
     ///
     /// # Errors
     /// As [`EventLoop::run_after`]. An error of recvmsg(2) or of a callback does not end the loop.
@@ -116,11 +119,15 @@ impl UdpServer {
         mut on_message: impl FnMut(&mut dyn NetConnection, &[u8], i32) -> Option<Result<()>>,
     ) -> io::Result<()> {
         let lost = self.dropped + self.unsent;
+        let mut bytes = 0;
         for _ in 0..DATAGRAMS_PER_EVENT {
             match self.receive(&mut on_message) {
-                Ok(()) => {}
+                Ok(n) => bytes += n,
                 Err(Errno::EAGAIN) => break,
                 Err(errno) => debug!("recvmsg: {errno}"),
+            }
+            if bytes >= MAX_DATAGRAM {
+                break;
             }
         }
         if lost == 0 && self.dropped + self.unsent > 0 {
@@ -132,25 +139,30 @@ impl UdpServer {
     fn receive(
         &mut self,
         on_message: &mut impl FnMut(&mut dyn NetConnection, &[u8], i32) -> Option<Result<()>>,
-    ) -> nix::Result<()> {
+    ) -> nix::Result<usize> {
         let mut buffers = [IoSliceMut::new(&mut self.datagram)];
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::empty());
         let received =
             recvmsg::<SockaddrStorage>(fd, &mut buffers, Some(&mut self.control), flags)?;
-        let Some(peer) = received.address else { return Ok(()) };
+        let n = received.bytes;
+        let Some(peer) = received.address else { return Ok(n) };
         let local = received.cmsgs()?.next().map(|local| match local {
             // The reply may leave through another interface. Only link-local addresses of IPv6 are
             // tied to theirs.
             ControlMessageOwned::Ipv4PacketInfo(to) => {
                 ControlMessageOwned::Ipv4PacketInfo(in_pktinfo { ipi_ifindex: 0, ..to })
             }
+            ControlMessageOwned::Ipv6PacketInfo(to)
+                if !Ipv6Addr::from(to.ipi6_addr.s6_addr).is_unicast_link_local() =>
+            {
+                ControlMessageOwned::Ipv6PacketInfo(in6_pktinfo { ipi6_ifindex: 0, ..to })
+            }
             local => local,
         });
-        let n = received.bytes;
         if self.may_be_itself(&peer) {
             debug!("{peer}: dropped: answering it might never end");
             self.dropped += 1;
-            return Ok(());
+            return Ok(n);
         }
         trace!("datagram from {peer}: {n} bytes");
         let message = match message::decode(&self.datagram[..n]) {
@@ -158,7 +170,7 @@ impl UdpServer {
             _ => {
                 debug!("{peer}: dropped: {n} bytes that are not one message");
                 self.dropped += 1;
-                return Ok(());
+                return Ok(n);
             }
         };
         let mut sender = Sender { socket: &self.socket, peer, local, unsent: &mut self.unsent };
@@ -170,7 +182,7 @@ impl UdpServer {
                 self.dropped += 1;
             }
         }
-        Ok(())
+        Ok(n)
     }
 
     /// Whether the sender, by a forged address, may be this socket: the server would answer itself, again
@@ -181,8 +193,7 @@ impl UdpServer {
             (_, Some(peer)) => SocketAddr::new(peer.ip().into(), peer.port()),
             _ => return false,
         };
-        peer.port() == self.addr.port()
-            && (self.addr.ip().is_unspecified() || peer.ip() == self.addr.ip())
+        peer.port() == self.addr.port() && (is_any(self.addr) || peer.ip() == self.addr.ip())
     }
 
     /// Logs how many datagrams and replies have been dropped since the last time.
@@ -192,6 +203,11 @@ impl UdpServer {
             info!("datagrams dropped: {dropped}; replies dropped: {unsent}");
         }
     }
+}
+
+/// Whether the address stands for all of this machine, in `::ffff:0.0.0.0` too.
+fn is_any(addr: SocketAddr) -> bool {
+    addr.ip().to_canonical().is_unspecified()
 }
 
 /// The sender of a datagram, as a callback sees it.
@@ -247,8 +263,8 @@ pub struct UdpClient {
 }
 
 impl UdpClient {
-    /// Creates a client of the first address. It waits for `timeout` after each request, and repeats
-    /// one up to `retry` times.
+    /// Creates a client. It waits for `timeout` after each request, and repeats one up to `retry` times.
+    /// If the name has several addresses, it goes on to the next one each time.
     ///
     /// # Errors
     /// Any error of socket(2), connect(2) and epoll_ctl(2), typically ENETUNREACH.
@@ -258,18 +274,30 @@ impl UdpClient {
         timeout: Duration,
         retry: u32,
     ) -> Result<Self> {
-        let any: IpAddr = match addr.resolved() {
-            [SocketAddr::V4(_), ..] => Ipv4Addr::UNSPECIFIED.into(),
-            _ => Ipv6Addr::UNSPECIFIED.into(),
+        let (socket, token) = Self::connect(event_loop, &addr, 0)?;
+        Ok(Self { addr, socket, token, timeout, retry, frame: Vec::new(), answered: false })
+    }
+
+    fn connect(
+        event_loop: &mut EventLoop<Self>,
+        addr: &Addr,
+        attempt: usize,
+    ) -> Result<(UdpSocket, Token)> {
+        let peer = addr.resolved()[attempt % addr.resolved().len()];
+        let any: IpAddr = match peer {
+            SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
         let socket = UdpSocket::bind((any, 0)).context("cannot create a socket")?;
-        // From now on the kernel drops what other addresses send.
-        let connected = socket.connect(&addr.resolved()[..1]);
-        connected.with_context(|| format!("cannot connect to {addr}"))?;
+        socket.connect(peer).with_context(|| format!("cannot connect to {peer}"))?;
+        // From now on the kernel drops what other addresses send. What has come before is no reply.
         socket.set_nonblocking(true)?;
+        while socket.recv(&mut [0]).is_ok() {}
+        // If no server has the port, the kernel may pick it as the local one.
+        ensure!(socket.local_addr()? != peer, "cannot connect to {peer}: no server has the port");
         let callbacks = Callbacks { read: Some(Self::reply_callback), write: None };
         let token = event_loop.add_io_event(&socket, Interest::READ, callbacks)?;
-        Ok(Self { addr, socket, token, timeout, retry, frame: Vec::new(), answered: false })
+        Ok((socket, token))
     }
 
     /// Sends a message, and runs the loop until the same message comes back.
@@ -282,7 +310,11 @@ impl UdpClient {
         payload: &[u8],
         id: i32,
     ) -> Result<()> {
-        for _ in 0..=self.retry {
+        for attempt in 0..=self.retry as usize {
+            if attempt > 0 && self.addr.resolved().len() > 1 {
+                event_loop.del_io_event(&self.socket, self.token)?;
+                (self.socket, self.token) = Self::connect(event_loop, &self.addr, attempt)?;
+            }
             self.send_message(payload, id)?;
             self.answered = false;
             let timer = event_loop.run_after(self.timeout, self.token, EventLoop::stop_callback)?;

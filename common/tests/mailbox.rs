@@ -234,7 +234,9 @@ fn assert_none_is_lost_or_late(senders: u64, rounds: u64, letters: u64, pause: f
     });
     assert!(!failed.into_inner(), "late, or out of order");
     assert_eq!(next, vec![rounds * letters; senders as usize]);
-    assert_eq!(poll(&mut event_loop, &mut state), 0);
+    // The last ring may have come after its letter was taken, with an earlier ring.
+    poll(&mut event_loop, &mut state);
+    assert_eq!((poll(&mut event_loop, &mut state), state.letters.len()), (0, 0));
 }
 
 /// Mostly while the loop is busy, or about to go to sleep.

@@ -294,10 +294,11 @@ pub fn can_be_restarted_at_once(exe: &str, works: Works) {
     let mut server = Server::start(exe);
     let addr = server.addr().to_string();
     works(&server.connect());
+    let idle = idle_fds(exe);
+    wait_until("it has closed the first connection", || server.fds() == idle);
     // This client does not close first, so that the server's side ends up in TIME_WAIT.
-    wait_until("it has closed the first connection", || server.fds() == idle_fds(exe));
     let client = server.connect();
-    wait_until("it is accepted", || server.fds() > idle_fds(exe));
+    wait_until("it is accepted", || server.fds() > idle);
     server.signal(Signal::SIGTERM);
     server.wait();
     drop(client);

@@ -20,8 +20,8 @@ use crate::every_reactor::Chapter;
 use crate::every_router::{assert_one_line, assert_printed, start_printing};
 use crate::every_server::name;
 use crate::{
-    LIMIT, Server, Signal, assert_echo, frame, pattern, read, read_to_end, reset, run, run_command,
-    served, wait_until, write,
+    LIMIT, Server, Signal, assert_echo, frame, narrow, pattern, read, read_to_end, reset, run,
+    run_command, send_until_stuck, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
@@ -51,6 +51,7 @@ macro_rules! every_udp {
             the_answer_comes_from_the_address_that_was_asked,
             a_busy_port_ends_the_start_over_udp_too,
             a_name_does_not_get_past_a_busy_address,
+            its_port_is_free_for_the_next_server_at_once,
             port_0_picks_a_number_that_is_free_for_both,
             senders_that_are_gone_hurt_nobody,
             a_flood_delays_neither_clients_nor_the_stop,
@@ -266,6 +267,7 @@ pub fn the_answer_comes_from_the_address_that_was_asked(chapter: Chapter, _: &st
         ("127.0.0.5:0", ["127.0.0.5", "127.0.0.5"]),
         ("[::1]:0", ["::1", "::1"]),
         ("[::]:0", ["::1", "127.0.0.5"]),
+        ("[::ffff:0.0.0.0]:0", ["127.0.0.1", "127.0.0.5"]),
     ] {
         if addr.starts_with('[') && TcpListener::bind(addr).is_err() {
             eprintln!("no IPv6 on this machine: {addr} is not tested");
@@ -278,6 +280,17 @@ pub fn the_answer_comes_from_the_address_that_was_asked(chapter: Chapter, _: &st
         }
         assert_eq!(drops(&server), []);
     }
+}
+
+/// Though it still waits for a client to read.
+pub fn its_port_is_free_for_the_next_server_at_once(chapter: Chapter, _: &str) {
+    let mut server = Server::start(chapter.exe);
+    let slow = server.connect();
+    narrow(&slow);
+    send_until_stuck(&slow, &frame(1, &pattern(1000, 1)).repeat(64_000));
+    server.signal(Signal::SIGTERM);
+    wait_until("its UDP socket is closed", || UdpSocket::bind(server.addr()).is_ok());
+    assert!(server.is_running());
 }
 
 pub fn a_busy_port_ends_the_start_over_udp_too(chapter: Chapter, _: &str) {
