@@ -43,7 +43,8 @@ pub struct TcpServer {
     refused: usize,
     /// For the datagrams, which have no connection.
     service: Arc<Service>,
-    udp: UdpServer,
+    /// `None` once the shutdown has begun.
+    udp: Option<UdpServer>,
     pool: BufPool,
     workers: Workers,
     /// Stops the loop when a worker has ended.
@@ -71,7 +72,7 @@ impl TcpServer {
         let (pool, cap) = (BufPool::new(ACCEPTOR_CAP), POOL_CAP - ACCEPTOR_CAP);
         let service = Arc::new(service);
         let workers = Workers::start(threads, cap, &service, &mailbox)?;
-        let (listener, refused) = (Some(listener), 0);
+        let (listener, udp, refused) = (Some(listener), Some(udp), 0);
         Ok(Self { listener, token, limit, refused, service, udp, pool, workers, ended })
     }
 
@@ -135,8 +136,9 @@ impl TcpServer {
     /// Datagrams have arrived. They are handled here, as they belong to no connection.
     fn udp_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("udp_callback");
+        let Some(udp) = &mut self.udp else { return Ok(()) };
         let (router, tasks) = (&self.service.router, &*self.workers.tasks);
-        Ok(self.udp.do_read(event_loop, Self::udp_report_callback, |conn, payload, id| {
+        Ok(udp.do_read(event_loop, Self::udp_report_callback, |conn, payload, id| {
             // Without a connection, each datagram is the first of its session.
             let mut session = Session { messages: 1, ..Session::default() };
             router.call_sender(conn, &mut session, payload, id, tasks)
@@ -144,7 +146,7 @@ impl TcpServer {
     }
 
     fn udp_report_callback(&mut self, _: &mut EventLoop<Self>, _: Token) -> Result<()> {
-        self.udp.report();
+        self.udp.iter_mut().for_each(UdpServer::report);
         Ok(())
     }
 
@@ -168,8 +170,10 @@ impl TcpServer {
             event_loop.del_io_event(&listener, self.token)?;
             self.limit.deregister(event_loop)?;
             self.ended.deregister(event_loop)?;
-            self.udp.deregister(event_loop)?;
-            self.udp.report();
+            if let Some(mut udp) = self.udp.take() {
+                udp.deregister(event_loop)?;
+                udp.report();
+            }
         }
         self.workers.stop();
         let cut_off = event_loop.drain_output(self, end)?;
