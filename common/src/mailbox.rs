@@ -210,6 +210,11 @@ impl<M, N> Inbox<M, N> {
         Ok(Some(letters))
     }
 
+    /// Whether the loop is to stop, though there may be letters to take (since v11).
+    pub fn is_stopped(&self) -> bool {
+        self.bell.stopped.load(Ordering::Acquire)
+    }
+
     /// Takes the notice, if there is a new one (since v09). Call it after [`take`](Self::take), which
     /// silences the bell.
     pub fn take_notice(&self) -> Option<N> {

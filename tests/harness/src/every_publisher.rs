@@ -458,6 +458,7 @@ pub fn a_stop_in_a_storm_runs_each_task_or_counts_it(chapter: Chapter, before: &
             writer.join().unwrap();
             (numbers(&own.join().unwrap(), before), numbers(&receiver.join().unwrap(), before))
         });
+        assert!(start.elapsed() < LIMIT, "it has not stopped before the storm");
         assert_eq!(server.wait().code(), Some(0));
         server.wait_for_log("INFO stopped; ");
         let is_complete = |numbers: &[usize]| numbers.iter().enumerate().all(|(n, it)| n == *it);
