@@ -1,5 +1,6 @@
 //! The workers: a thread each, with a loop, a pool of buffers and connections of its own.
 
+use std::mem;
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -18,6 +19,7 @@ use crate::tcp_server::GRACE;
 /// The state of a worker's loop.
 pub struct Worker {
     inbox: Inbox<Task<Self>, Arc<Service>>,
+    draining: bool,
     pub conns: Conns,
 }
 
@@ -25,7 +27,7 @@ impl Worker {
     /// The whole life of a worker, in its own thread: a loop and a pool never leave theirs.
     fn run(inbox: Inbox<Task<Self>, Arc<Service>>, conns: impl FnOnce() -> Conns) -> Result<()> {
         let mut event_loop = EventLoop::new().context("cannot create the event loop")?;
-        let mut worker = Self { inbox, conns: conns() };
+        let mut worker = Self { inbox, draining: false, conns: conns() };
         worker.inbox.register(&mut event_loop, Self::inbox_callback)?;
         event_loop.event_process(&mut worker)?;
         worker.drain(&mut event_loop)
@@ -49,6 +51,10 @@ impl Worker {
                 }
                 Task::Run(run) => run(self, event_loop)?,
             }
+        }
+        // Not only when all letters are taken: clients may publish without end.
+        if self.inbox.is_stopped() && !mem::replace(&mut self.draining, true) {
+            event_loop.stop();
         }
         Ok(())
     }
