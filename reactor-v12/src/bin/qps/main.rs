@@ -186,7 +186,7 @@ impl Run {
         let (now, replies) = (Instant::now(), self.replies.load(Ordering::Relaxed));
         let (before, had) = mem::replace(&mut self.shown, (now, replies));
         let per_second = (replies - had) as f64 / (now - before).as_secs_f64();
-        // If the terminal is gone, there is nobody to show it to.
+        // A terminal that is gone shows nothing, which is no failure.
         let _ = writeln!(io::stderr(), "{per_second:.0} replies per second");
         event_loop.run_after(PROGRESS, token, Self::progress_callback)?;
         Ok(())
