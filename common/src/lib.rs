@@ -13,6 +13,7 @@
 //! | [`signal`]      | v03   | Ctrl-C, SIGTERM and SIGHUP as one more fd of the loop            |
 //! | [`lines`]       | v04   | standard input, line by line, on the event loop                  |
 //! | [`message`]     | v04   | the codec: encodes and decodes TLV frames                        |
+//! | [`bell`]        | v05   | `Bell`: wakes a loop that sleeps                                 |
 //! | [`limit`]       | v05   | limits on the number of clients, and on the time they take       |
 //! | [`tcp_conn`]    | v05   | `TcpConn`: one connection that carries messages                  |
 //! | [`router`]      | v06   | `MsgRouter`: finds the callback for each kind of message         |
@@ -31,6 +32,8 @@ compile_error!(
      build it in WSL2, in a Linux container or in a virtual machine"
 );
 
+#[cfg(target_os = "linux")]
+pub mod bell;
 #[cfg(target_os = "linux")]
 pub mod buf_pool;
 #[cfg(target_os = "linux")]

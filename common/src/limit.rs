@@ -7,11 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::resource::{Resource, getrlimit};
 use tracing::{debug, warn};
 
+use crate::bell::Bell;
 use crate::buf_pool::BufPool;
 use crate::cli;
 use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Token};
@@ -172,7 +171,7 @@ struct Places {
     taken: AtomicUsize,
     /// Whether `bell` is to ring when a place becomes free.
     awaited: AtomicBool,
-    bell: EventFd,
+    bell: Bell,
 }
 
 /// The right to one connection; dropping it frees the place (since v05).
@@ -193,9 +192,8 @@ impl Limit {
         event_loop: &mut EventLoop<S>,
         callback: IoCallback<S>,
     ) -> io::Result<Self> {
-        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let (max, taken, awaited) = Default::default();
-        let places = Arc::new(Places { max, taken, awaited, bell });
+        let places = Arc::new(Places { max, taken, awaited, bell: Bell::new()? });
         let callbacks = Callbacks { read: Some(callback), write: None };
         let token = event_loop.add_io_event(&places.bell, Interest::READ, callbacks)?;
         let closing = loops * event_loop.close_limits.at_once;
@@ -259,10 +257,7 @@ impl Limit {
     /// # Errors
     /// Any read(2) error; none is known.
     pub fn silence(&self) -> io::Result<()> {
-        match self.places.bell.read() {
-            Ok(_) | Err(Errno::EAGAIN) => Ok(()),
-            Err(errno) => Err(errno.into()),
-        }
+        self.places.bell.silence()
     }
 }
 
@@ -301,8 +296,7 @@ impl Places {
 
     fn ring_if_awaited(&self) {
         if self.awaited.swap(false, Ordering::SeqCst) {
-            // It could only fail after 2^64 - 2 rings, and it is readable then.
-            let _ = self.bell.write(1);
+            self.bell.ring();
         }
     }
 }

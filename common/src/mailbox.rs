@@ -1,7 +1,7 @@
 //! A mailbox: how other threads reach an event loop (since v08).
 //!
-//! It is a queue, and an eventfd(2) that becomes readable when something was put into the queue. So the
-//! loop waits for letters where it waits for everything else, and sleeps while there are none.
+//! It is a queue, and a bell that rings when something was put into the queue. So the loop waits for
+//! letters where it waits for everything else, and sleeps while there are none.
 
 use std::io;
 use std::mem;
@@ -9,9 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::errno::Errno;
-use nix::sys::eventfd::{EfdFlags, EventFd};
-
+use crate::bell::Bell;
 use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
 
 /// How many letters fit a mailbox (since v08). More of them would only wait longer.
@@ -24,18 +22,18 @@ const LETTERS_PER_EVENT: usize = 64;
 /// inbox.
 pub struct Mailbox<M, N = ()> {
     letters: SyncSender<M>,
-    bell: Arc<Bell<N>>,
+    shared: Arc<Shared<N>>,
 }
 
 /// The receiving end, in the thread of the loop (since v08).
 pub struct Inbox<M, N = ()> {
     letters: Receiver<M>,
-    bell: Arc<Bell<N>>,
+    shared: Arc<Shared<N>>,
     token: Token,
 }
 
-struct Bell<N> {
-    fd: EventFd,
+struct Shared<N> {
+    bell: Bell,
     /// Not a letter, because a stop has to get past a full queue.
     stopped: AtomicBool,
     /// Beside the queue too, and only the latest.
@@ -55,23 +53,17 @@ pub struct Place<'a, M, N>(&'a Mailbox<M, N>);
 /// # Errors
 /// Any eventfd(2) error, typically EMFILE.
 pub fn mailbox<M, N>() -> io::Result<(Mailbox<M, N>, Inbox<M, N>)> {
-    let fd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
     let (notice, stopped, queued) = Default::default();
-    let bell = Arc::new(Bell { fd, notice, stopped, queued });
+    let shared = Arc::new(Shared { bell: Bell::new()?, notice, stopped, queued });
     let (sender, receiver) = sync_channel(CAPACITY);
-    let inbox = Inbox { letters: receiver, bell: Arc::clone(&bell), token: Token::default() };
-    Ok((Mailbox { letters: sender, bell }, inbox))
+    let inbox = Inbox { letters: receiver, shared: Arc::clone(&shared), token: Token::default() };
+    Ok((Mailbox { letters: sender, shared }, inbox))
 }
 
-impl<N> Bell<N> {
+impl<N> Shared<N> {
     /// The notice is replaced as a whole, so a thread that panicked has not left half of one.
     fn notice(&self) -> MutexGuard<'_, Option<N>> {
         self.notice.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn ring(&self) {
-        // It could only fail after 2^64 - 2 rings, and it is readable then.
-        let _ = self.fd.write(1);
     }
 }
 
@@ -92,14 +84,14 @@ impl<M, N> Mailbox<M, N> {
     pub fn reserve(&self, limit: usize) -> Option<Place<'_, M, N>> {
         // Before the letter is posted, because the loop may take it at once.
         let free = |n: usize| (n < limit.min(CAPACITY)).then_some(n + 1);
-        self.bell.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok()?;
+        self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free).ok()?;
         Some(Place(self))
     }
 
     /// How many letters are in the queue, and how many places are reserved, as far as this thread
     /// can know.
     pub fn queued(&self) -> usize {
-        self.bell.queued.load(Ordering::Relaxed)
+        self.shared.queued.load(Ordering::Relaxed)
     }
 
     /// Whether the next letter would not be taken, as far as this thread can know.
@@ -111,14 +103,14 @@ impl<M, N> Mailbox<M, N> {
     /// place of an earlier notice that the loop has not taken.
     pub fn put_up(&self, notice: N) {
         // An earlier one is dropped at the end, when the lock is free.
-        let _old = self.bell.notice().replace(notice);
-        self.bell.ring();
+        let _old = self.shared.notice().replace(notice);
+        self.shared.bell.ring();
     }
 
     /// Tells the loop to stop once it has taken all letters. Gets past a full mailbox.
     pub fn stop(&self) {
-        self.bell.stopped.store(true, Ordering::Release);
-        self.bell.ring();
+        self.shared.stopped.store(true, Ordering::Release);
+        self.shared.bell.ring();
     }
 }
 
@@ -134,7 +126,7 @@ impl<M, N> Place<'_, M, N> {
             NotPosted(letter)
         })?;
         // After the letter: a loop that woke up before would find nothing, and sleep on.
-        self.0.bell.ring();
+        self.0.shared.bell.ring();
         // The letter has the place now.
         mem::forget(self);
         Ok(())
@@ -143,13 +135,13 @@ impl<M, N> Place<'_, M, N> {
 
 impl<M, N> Drop for Place<'_, M, N> {
     fn drop(&mut self) {
-        self.0.bell.queued.fetch_sub(1, Ordering::Relaxed);
+        self.0.shared.queued.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl<M, N> Clone for Mailbox<M, N> {
     fn clone(&self) -> Self {
-        Self { letters: self.letters.clone(), bell: Arc::clone(&self.bell) }
+        Self { letters: self.letters.clone(), shared: Arc::clone(&self.shared) }
     }
 }
 
@@ -173,7 +165,7 @@ impl<M, N> Inbox<M, N> {
         callback: IoCallback<S>,
     ) -> io::Result<()> {
         let callbacks = Callbacks { read: Some(callback), write: None };
-        self.token = event_loop.add_io_event(&self.bell.fd, Interest::READ, callbacks)?;
+        self.token = event_loop.add_io_event(&self.shared.bell, Interest::READ, callbacks)?;
         Ok(())
     }
 
@@ -182,7 +174,7 @@ impl<M, N> Inbox<M, N> {
     /// # Errors
     /// NotFound if it is not registered; any epoll_ctl(2) error.
     pub fn deregister<S>(&self, event_loop: &mut EventLoop<S>) -> io::Result<()> {
-        event_loop.del_io_event(&self.bell.fd, self.token)
+        event_loop.del_io_event(&self.shared.bell, self.token)
     }
 
     /// Silences the bell and takes the letters that have arrived, at most 64 of them; if there may be
@@ -193,31 +185,28 @@ impl<M, N> Inbox<M, N> {
     pub fn take(&self) -> io::Result<Option<Vec<M>>> {
         // Before the queue is emptied: a letter posted in between then rings once too often. The
         // other way round its ring would be silenced, and the letter would lie there.
-        match self.bell.fd.read() {
-            Ok(_) | Err(Errno::EAGAIN) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+        self.shared.bell.silence()?;
         // Also before: what was posted before the stop is in the queue by now.
-        let stopped = self.bell.stopped.load(Ordering::Acquire);
+        let stopped = self.shared.stopped.load(Ordering::Acquire);
         let letters: Vec<M> = self.letters.try_iter().take(LETTERS_PER_EVENT).collect();
-        self.bell.queued.fetch_sub(letters.len(), Ordering::Relaxed);
+        self.shared.queued.fetch_sub(letters.len(), Ordering::Relaxed);
         if stopped && letters.is_empty() {
             return Ok(None);
         }
         if stopped || letters.len() == LETTERS_PER_EVENT {
-            self.bell.ring();
+            self.shared.bell.ring();
         }
         Ok(Some(letters))
     }
 
     /// Whether the loop is to stop, though there may be letters to take (since v11).
     pub fn is_stopped(&self) -> bool {
-        self.bell.stopped.load(Ordering::Acquire)
+        self.shared.stopped.load(Ordering::Acquire)
     }
 
     /// Takes the notice, if there is a new one (since v09). Call it after [`take`](Self::take), which
     /// silences the bell.
     pub fn take_notice(&self) -> Option<N> {
-        self.bell.notice().take()
+        self.shared.notice().take()
     }
 }
