@@ -307,6 +307,11 @@ impl<S> EventLoop<S> {
         Ok(n)
     }
 
+    /// Whether the last iteration was not ended by [`stop`](Self::stop) (since v13).
+    pub fn is_running(&self) -> bool {
+        self.running
+    }
+
     /// For callbacks: when the callback returns, this iteration and
     /// [`event_process`](Self::event_process) end. Events not handled yet are reported again.
     pub fn stop(&mut self) {

@@ -23,6 +23,7 @@
 //! | `config`        | v09   | `Config`: the options, also from an INI file                     |
 //! | [`udp`]         | v10   | `UdpServer`, `UdpClient`: messages without a connection          |
 //! | [`task`]        | v11   | `Task`: a closure for the loop of another thread                 |
+//! | [`executor`]    | v13   | `Runtime`: async tasks on the same event loop                    |
 
 #![warn(missing_docs)]
 
@@ -44,6 +45,8 @@ pub mod closing;
 pub mod config;
 #[cfg(target_os = "linux")]
 pub mod event_loop;
+#[cfg(target_os = "linux")]
+pub mod executor;
 #[cfg(target_os = "linux")]
 pub mod hooks;
 #[cfg(target_os = "linux")]
