@@ -11,7 +11,7 @@ use harness::{Server, assert_echo, assert_silent, exchange, pattern, read_to_end
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v02");
 
 const CHAPTER: Chapter =
-    Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64, midway_kib: 64 };
+    Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64, midway_kib: 64, idle: 300 };
 
 harness::every_server!(EXE, assert_serves);
 // The promises of the event loop's chapters that do not concern many clients.

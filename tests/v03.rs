@@ -11,8 +11,13 @@ use harness::{Server, assert_echo, exchange, pattern, read_to_end};
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v03");
 
 /// One block of up to 64 KiB; the smaller ones before it stay in the pool.
-const CHAPTER: Chapter =
-    Chapter { exe: EXE, message: <[u8]>::to_vec, stuck_kib: 64 + 16 + 4, midway_kib: 64 + 16 + 4 };
+const CHAPTER: Chapter = Chapter {
+    exe: EXE,
+    message: <[u8]>::to_vec,
+    stuck_kib: 64 + 16 + 4,
+    midway_kib: 64 + 16 + 4,
+    idle: 300,
+};
 
 harness::every_server!(EXE, assert_serves);
 harness::every_reactor!(CHAPTER);

@@ -14,6 +14,7 @@ const CHAPTER: Chapter = Chapter {
     message: |payload| frame(1, payload),
     stuck_kib: 2048,
     midway_kib: 64 + 16 + 4,
+    idle: 300,
 };
 
 harness::every_server!(EXE, assert_serves);

@@ -26,6 +26,8 @@ const CHAPTER: Chapter = Chapter {
     message: |payload| frame(1, payload),
     stuck_kib: 2048,
     midway_kib: 64 + 16 + 4,
+    // As before, and a session: its 24 bytes and at most 16 more.
+    idle: 340,
 };
 
 harness::every_server!(EXE, assert_serves);

@@ -11,13 +11,15 @@ use harness::{Server, assert_echo, frame};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v13");
 
-/// Replies of up to 1 MiB wait for a client that never reads; the smaller blocks that they have
-/// grown through stay in the pool. Half a message of 60,000 bytes has grown from 4 KiB to 64 KiB.
+/// The replies to one read wait for a client that never reads, and nothing more is read; the smaller
+/// blocks that they have grown through stay in the pool. Half a message of 60,000 bytes has grown from
+/// 4 KiB to 64 KiB.
 const CHAPTER: Chapter = Chapter {
     exe: EXE,
     message: |payload| frame(1, payload),
-    stuck_kib: 2048,
+    stuck_kib: 64 + 128,
     midway_kib: 64 + 16 + 4,
+    idle: 600,
 };
 
 harness::every_server!(EXE, assert_serves);

@@ -15,7 +15,7 @@ use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, TimerId, Tok
 use crate::reactor_buf::{OutputBuf, retry_interrupted};
 
 /// After this long without an event, a stopping server has served everything that was in flight.
-const QUIET: Duration = Duration::from_millis(50);
+pub(crate) const QUIET: Duration = Duration::from_millis(50);
 
 /// The limits on closing connections (since v03).
 #[derive(Clone, Copy, Debug)]

@@ -14,6 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::future::poll_fn;
 use std::io;
 use std::mem;
+use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
@@ -21,37 +22,41 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use nix::sys::eventfd::{EfdFlags, EventFd};
 use tracing::{error, trace};
 
+use crate::bell::Bell;
+use crate::closing::QUIET;
 use crate::event_loop::{Callbacks, EventLoop, Interest, TimerId, Token};
+use crate::reactor_buf::OutputBuf;
 
 /// The executor of one thread (since v13). Clones are the same one.
 #[derive(Clone)]
 pub struct Runtime(Rc<Inner>);
 
 struct Inner {
-    reactor: RefCell<(EventLoop<Waiting>, Waiting)>,
-    tasks: RefCell<HashMap<u64, Task>>,
+    reactor: RefCell<(Loop, Waiting)>,
+    /// `None` while it is polled.
+    tasks: RefCell<HashMap<u64, Option<Task>>>,
+    /// How many tasks have been spawned, and how many events have come.
     spawned: Cell<u64>,
+    events: Cell<usize>,
     queue: Arc<Queue>,
 }
 
+type Loop = EventLoop<Waiting>;
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+type AnySource = Rc<Source<dyn AsFd>>;
+
 /// The state of the loop: what to wake for which event (since v13).
+#[derive(Default)]
 pub struct Waiting {
-    sources: HashMap<Token, Rc<Source<dyn AsFd>>>,
+    sources: HashMap<Token, AnySource>,
     sleepers: BTreeMap<TimerId, Option<Waker>>,
     /// To be woken after this iteration: waking may run any code, and the loop is borrowed now.
     woken: Vec<Waker>,
-    queue: Arc<Queue>,
-}
-
-struct Task {
-    future: Pin<Box<dyn Future<Output = ()>>>,
-    waker: Arc<TaskWaker>,
 }
 
 /// What is behind a [`Waker`]. Not the task: a waker may be sent to another thread, and outlive it.
@@ -66,7 +71,7 @@ struct TaskWaker {
 struct Queue {
     state: Mutex<QueueState>,
     /// Ends epoll_wait.
-    bell: EventFd,
+    bell: Bell,
 }
 
 #[derive(Default)]
@@ -84,8 +89,7 @@ impl Wake for TaskWaker {
             let mut state = queue.lock();
             state.ready.push(self);
             if mem::take(&mut state.asleep) {
-                // It could only fail after 2^64 - 2 rings, and it is readable then.
-                let _ = queue.bell.write(1);
+                queue.bell.ring();
             }
         }
     }
@@ -94,6 +98,13 @@ impl Wake for TaskWaker {
 impl Queue {
     fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is nothing to poll, so that the loop may sleep.
+    fn sleep(&self) -> bool {
+        let mut state = self.lock();
+        state.asleep = state.ready.is_empty();
+        state.asleep
     }
 }
 
@@ -104,33 +115,30 @@ impl Runtime {
     /// Any epoll_create1(2), eventfd(2) or epoll_ctl(2) error, typically EMFILE.
     pub fn new() -> io::Result<Self> {
         let mut event_loop = EventLoop::new()?;
-        let bell = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let silence = |waiting: &mut Waiting, _: &mut EventLoop<_>, _| {
-            waiting.queue.bell.read()?;
-            Ok(())
-        };
-        let callbacks = Callbacks { read: Some(silence as _), write: None };
-        event_loop.add_io_event(&bell, Interest::READ, callbacks)?;
-        let queue = Arc::new(Queue { state: Mutex::default(), bell });
-        let (sources, sleepers, woken, tasks, spawned) = Default::default();
-        let waiting = Waiting { sources, sleepers, woken, queue: Arc::clone(&queue) };
+        let queue = Arc::new(Queue { state: Mutex::default(), bell: Bell::new()? });
+        // The bell only ends epoll_wait; `turn` silences it.
+        let callbacks = Callbacks { read: Some(|_, _, _| Ok(())), write: None };
+        event_loop.add_io_event(&queue.bell, Interest::READ, callbacks)?;
+        let (waiting, tasks, spawned, events) = Default::default();
         let reactor = RefCell::new((event_loop, waiting));
-        Ok(Self(Rc::new(Inner { reactor, tasks, spawned, queue })))
+        Ok(Self(Rc::new(Inner { reactor, tasks, spawned, events, queue })))
     }
 
     /// The event loop, and its state. Not to be held when a task is awaited, spawned or dropped.
-    pub fn reactor(&self) -> RefMut<'_, (EventLoop<Waiting>, Waiting)> {
+    pub fn reactor(&self) -> RefMut<'_, (Loop, Waiting)> {
         self.0.reactor.borrow_mut()
     }
 
     /// Starts a task. If it panics, the others go on.
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         let number = self.0.spawned.replace(self.0.spawned.get() + 1);
+        self.0.tasks.borrow_mut().insert(number, Some(Box::pin(future)));
+        self.wake(number);
+    }
+
+    fn wake(&self, number: u64) {
         let (queued, queue) = (AtomicBool::new(false), Arc::clone(&self.0.queue));
-        let waker = Arc::new(TaskWaker { number, queued, queue });
-        let task = Task { future: Box::pin(future), waker: Arc::clone(&waker) };
-        self.0.tasks.borrow_mut().insert(number, task);
-        waker.wake();
+        Arc::new(TaskWaker { number, queued, queue }).wake();
     }
 
     /// Polls tasks and runs the loop, until no task is left or the loop is stopped.
@@ -154,28 +162,31 @@ impl Runtime {
     fn poll(&self, waker: Arc<TaskWaker>) {
         // Before the poll: a wake-up during it counts.
         waker.queued.store(false, Ordering::Release);
-        // Out of the table, which the task may use to spawn others.
-        let Some(mut task) = self.0.tasks.borrow_mut().remove(&waker.number) else { return };
-        trace!("poll: task {}", waker.number);
         let (number, waker) = (waker.number, Waker::from(waker));
-        let poll = || task.future.as_mut().poll(&mut Context::from_waker(&waker));
+        let put = |task: Option<Task>| {
+            self.0.tasks.borrow_mut().get_mut(&number).and_then(|slot| mem::replace(slot, task))
+        };
+        // Out of the table, which the task may use to spawn others.
+        let Some(mut task) = put(None) else { return };
+        trace!("poll: task {number}");
+        let poll = || task.as_mut().poll(&mut Context::from_waker(&waker));
         match catch_unwind(AssertUnwindSafe(poll)) {
-            Ok(Poll::Pending) => drop(self.0.tasks.borrow_mut().insert(number, task)),
+            Ok(Poll::Pending) => return drop(put(Some(task))),
             Ok(Poll::Ready(())) => trace!("ready: task {number}"),
             Err(_) => error!("task {number} panicked"),
         }
+        self.0.tasks.borrow_mut().remove(&number);
     }
 
     /// One iteration of the loop, which waits if the queue is empty. Returns false if it was stopped.
     fn turn(&self, woken: &mut Vec<Waker>) -> Result<bool> {
-        let limit = {
-            let mut state = self.0.queue.lock();
-            state.asleep = state.ready.is_empty();
-            (!state.asleep).then_some(Duration::ZERO)
-        };
+        let sleeps = self.0.queue.sleep();
         let (event_loop, waiting) = &mut *self.reactor();
-        event_loop.poll_once(waiting, limit)?;
-        self.0.queue.lock().asleep = false;
+        let n = event_loop.poll_once(waiting, (!sleeps).then_some(Duration::ZERO))?;
+        self.0.events.set(self.0.events.get() + n);
+        if sleeps && !mem::take(&mut self.0.queue.lock().asleep) {
+            self.0.queue.bell.silence()?;
+        }
         mem::swap(woken, &mut waiting.woken);
         Ok(event_loop.is_running())
     }
@@ -218,7 +229,7 @@ impl<F: AsFd> Async<F> {
     }
 
     /// The fd itself.
-    pub fn get(&self) -> &F {
+    pub fn get_ref(&self) -> &F {
         &self.source.fd
     }
 
@@ -232,17 +243,9 @@ impl<F: AsFd> Async<F> {
         Readiness { io: self, side: 1, waits: false }
     }
 
-    /// Deregisters the fd and gives it back.
-    pub fn into_inner(self) -> Option<F> {
-        let source = Rc::clone(&self.source);
-        // Always `Some`: `self` and the registration have the only others.
-        drop(self);
-        Some(Rc::into_inner(source)?.fd)
-    }
-
     fn watch(&self) -> io::Result<()> {
         let (event_loop, waiting) = &mut *self.runtime.reactor();
-        waiting.watch(event_loop, &(Rc::clone(&self.source) as Rc<Source<dyn AsFd>>))
+        waiting.watch(event_loop, &(Rc::clone(&self.source) as AnySource))
     }
 }
 
@@ -260,7 +263,7 @@ impl Waiting {
         write: Some(|waiting, event_loop, token| waiting.wake(event_loop, token, 1)),
     };
 
-    fn wake(&mut self, event_loop: &mut EventLoop<Self>, token: Token, side: usize) -> Result<()> {
+    fn wake(&mut self, event_loop: &mut Loop, token: Token, side: usize) -> Result<()> {
         let Some(source) = self.sources.get(&token).map(Rc::clone) else { return Ok(()) };
         let waiter = mem::replace(&mut source.waiters.borrow_mut()[side], Waiter::Woken);
         if let Waiter::Waits(waker) = waiter {
@@ -275,11 +278,7 @@ impl Waiting {
 
     /// Has `source` watched for exactly what is waited for. If that is nothing it is deregistered: errors
     /// cannot be masked.
-    fn watch(
-        &mut self,
-        event_loop: &mut EventLoop<Self>,
-        source: &Rc<Source<dyn AsFd>>,
-    ) -> io::Result<()> {
+    fn watch(&mut self, event_loop: &mut Loop, source: &AnySource) -> io::Result<()> {
         let waits = |waiter: &Waiter| matches!(waiter, Waiter::Waits(_));
         let [read, write] = source.waiters.borrow().each_ref().map(waits);
         let interest = Interest { read, write };
@@ -344,66 +343,24 @@ impl<F: AsFd> Drop for Readiness<'_, F> {
     }
 }
 
-/// The future of [`Runtime::sleep`] (since v13).
-pub struct Sleep {
-    runtime: Runtime,
-    id: TimerId,
-}
-
-impl Future for Sleep {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let waiter = self
-            .runtime
-            .reactor()
-            .1
-            .sleepers
-            .get_mut(&self.id)
-            .map(|waiter| waiter.replace(cx.waker().clone()));
-        if waiter.is_some() { Poll::Pending } else { Poll::Ready(()) }
-    }
-}
-
-impl Drop for Sleep {
-    fn drop(&mut self) {
-        let (event_loop, waiting) = &mut *self.runtime.reactor();
-        if waiting.sleepers.remove(&self.id).is_some() {
-            event_loop.cancel_timer(self.id);
-        }
-    }
-}
+// ---- What is built on it -------------------------------------------------------------------------
 
 impl Runtime {
-    /// Waits until `delay` has passed from now on.
-    ///
-    /// # Errors
-    /// As [`EventLoop::run_after`].
-    pub fn sleep(&self, delay: Duration) -> io::Result<Sleep> {
+    /// Waits until `delay` has passed from now on; for ever, if that would overflow an [`Instant`].
+    pub fn sleep(&self, delay: Duration) -> Sleep {
         let (event_loop, waiting) = &mut *self.reactor();
-        let id = event_loop.run_after(delay, Token::default(), |waiting: &mut Waiting, _, _| {
+        let timer = event_loop.run_after(delay, Token::default(), |waiting: &mut Waiting, _, _| {
             // The loop runs timers in the order of their ids, so the first one is due.
             waiting.woken.extend(waiting.sleepers.pop_first().and_then(|(_, waker)| waker));
             Ok(())
-        })?;
-        waiting.sleepers.insert(id, None);
-        Ok(Sleep { runtime: self.clone(), id })
+        });
+        let id = timer.inspect(|id| drop(waiting.sleepers.insert(*id, None))).ok();
+        Sleep { runtime: self.clone(), id }
     }
 
     /// The output of `future`, or `None` if it is not ready within `limit`. Then it is dropped.
-    ///
-    /// # Errors
-    /// As [`sleep`](Self::sleep).
-    pub async fn timeout<F: Future>(
-        &self,
-        limit: Duration,
-        future: F,
-    ) -> io::Result<Option<F::Output>> {
-        let sleep = self.sleep(limit)?;
-        match race(pin!(future), sleep).await {
-            Either::Left(output) => Ok(Some(output)),
-            Either::Right(()) => Ok(None),
-        }
+    pub async fn timeout<F: Future>(&self, limit: Duration, future: F) -> Option<F::Output> {
+        race(pin!(future), self.sleep(limit)).await.ok()
     }
 
     /// Starts a task. The future that is returned has its output, or an error if it panicked or was
@@ -419,14 +376,53 @@ impl Runtime {
         self.spawn(async move { end.0.output.set(Some(future.await)) });
         poll_fn(move |cx| {
             // The other one is the task's.
-            if Rc::strong_count(&state) == 1 {
-                return Poll::Ready(
-                    state.output.take().context("the task panicked, or was dropped"),
-                );
+            if Rc::strong_count(&state) > 1 {
+                state.waiter.set(Some(cx.waker().clone()));
+                return Poll::Pending;
             }
-            state.waiter.set(Some(cx.waker().clone()));
-            Poll::Pending
+            Poll::Ready(state.output.take().context("the task panicked, or was dropped"))
         })
+    }
+
+    /// The same as [`EventLoop::drain_input`]: waits until no output is unsent and nothing has arrived
+    /// for 50 ms, or until `end`.
+    pub async fn drain_input(&self, end: Instant) {
+        self.reactor().0.close_limits.at_once = usize::MAX;
+        let mut before = None;
+        while Instant::now() < end {
+            let events = self.0.events.get();
+            if before == Some(events) && !self.reactor().0.is_writing() {
+                break;
+            }
+            before = Some(events);
+            self.sleep(QUIET).await;
+        }
+    }
+}
+
+/// The future of [`Runtime::sleep`] (since v13).
+pub struct Sleep {
+    runtime: Runtime,
+    id: Option<TimerId>,
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(id) = self.id else { return Poll::Pending };
+        let waker = cx.waker().clone();
+        let waiter = self.runtime.reactor().1.sleepers.get_mut(&id).map(|it| it.replace(waker));
+        if waiter.is_some() { Poll::Pending } else { Poll::Ready(()) }
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        let Some(id) = self.id else { return };
+        self.runtime.reactor().0.cancel_timer(id);
+        // Dropped at the end, when the loop is free.
+        let _waker = self.runtime.reactor().1.sleepers.remove(&id);
     }
 }
 
@@ -445,24 +441,33 @@ impl<T> Drop for JoinEnd<T> {
     }
 }
 
-/// Which of two futures was ready first (since v13).
-pub enum Either<A, B> {
-    /// The first one, with its output.
-    Left(A),
-    /// The second one, with its output.
-    Right(B),
+impl Async<TcpStream> {
+    /// The same as [`EventLoop::close_gracefully`].
+    ///
+    /// # Errors
+    /// Any epoll_ctl(2) error. An error on the connection itself only ends that connection.
+    pub fn close_gracefully(self, output: OutputBuf) -> io::Result<()> {
+        let (runtime, source) = (self.runtime.clone(), Rc::clone(&self.source));
+        drop(self);
+        let none = Callbacks { read: None, write: None };
+        let event_loop = &mut runtime.reactor().0;
+        let token = event_loop.add_io_event(&source.fd, Interest::NONE, none)?;
+        // `self` and the registration had the only others.
+        Rc::into_inner(source)
+            .map_or(Ok(()), |it| event_loop.close_gracefully(it.fd, token, output))
+    }
 }
 
-/// Polls two futures, `left` first, until one is ready (since v13). The other one is dropped: lend it
-/// with [`pin!`] or `&mut` to go on with it.
+/// Polls two futures, `left` first, until one is ready: `Ok` has the output of `left`, `Err` that of
+/// `right` (since v13). The other one is dropped: lend it with [`pin!`] or `&mut` to go on with it.
 pub fn race<A: Future + Unpin, B: Future + Unpin>(
     mut left: A,
     mut right: B,
-) -> impl Future<Output = Either<A::Output, B::Output>> + Unpin {
+) -> impl Future<Output = Result<A::Output, B::Output>> + Unpin {
     // An `async fn` would hold its arguments twice.
     poll_fn(move |cx| match Pin::new(&mut left).poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Either::Left(output)),
-        Poll::Pending => Pin::new(&mut right).poll(cx).map(Either::Right),
+        Poll::Ready(output) => Poll::Ready(Ok(output)),
+        Poll::Pending => Pin::new(&mut right).poll(cx).map(Err),
     })
 }
 
@@ -481,8 +486,7 @@ impl Event {
     /// Lets it happen. This wakes all tasks: a list of those that wait would cost each of them memory.
     pub fn set(&self) {
         self.has_happened.set(true);
-        let tasks = self.runtime.0.tasks.borrow();
-        tasks.values().for_each(|task| Arc::clone(&task.waker).wake());
+        self.runtime.0.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
     }
 
     /// Waits until it has happened.

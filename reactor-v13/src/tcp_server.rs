@@ -13,8 +13,7 @@ use anyhow::{Context, Result};
 use bytes::Buf;
 use common::buf_pool::BufPool;
 use common::cli::Addr;
-use common::event_loop::{Callbacks, Interest};
-use common::executor::{Async, Either, Event, Runtime, race};
+use common::executor::{Async, Event, Runtime, race};
 use common::message;
 use common::net::{self, Accepted, Listener};
 use common::reactor_buf::{InputBuf, OutputBuf};
@@ -31,9 +30,6 @@ const ACCEPTS_PER_EVENT: usize = 64;
 /// How long a shutdown may take to serve what has arrived.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// After this long without input, a client has sent everything that was in flight.
-const QUIET: Duration = Duration::from_millis(50);
-
 /// The high-water mark: with more unsent output than this, in bytes, a connection handles no messages
 /// until all of it is sent. The reply to one more message still fits 1 MiB.
 const HIGH_WATER: usize = (1024 - 64) * 1024;
@@ -42,8 +38,11 @@ const HIGH_WATER: usize = (1024 - 64) * 1024;
 pub struct TcpServer {
     runtime: Runtime,
     pool: BufPool,
+    /// No more clients are accepted.
     stop: Event,
-    /// Why no more clients are accepted.
+    /// Nothing more is read.
+    close: Event,
+    /// Why the server stops without having been told to.
     failed: Cell<Option<io::Error>>,
 }
 
@@ -54,29 +53,31 @@ impl TcpServer {
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         listener.set_nonblocking()?;
-        let (runtime, stop) = (runtime.clone(), Event::new(runtime));
-        let (pool, failed) = (BufPool::new(POOL_CAP), Cell::default());
-        let server = Rc::new(Self { runtime, pool, stop, failed });
         // Accepting changes the listener, so it cannot be shared with the loop.
-        let socket = Async::new(&server.runtime, listener.as_fd().try_clone_to_owned()?);
-        server.runtime.spawn(Rc::clone(&server).accept_all(listener, socket));
+        let socket = Async::new(runtime, listener.as_fd().try_clone_to_owned()?);
+        let (runtime, stop, close) = (runtime.clone(), Event::new(runtime), Event::new(runtime));
+        let (pool, failed) = (BufPool::new(POOL_CAP), Cell::default());
+        let server = Rc::new(Self { runtime, pool, stop, close, failed });
+        server.runtime.spawn(Rc::clone(&server).run(listener, socket));
         Ok(server)
     }
 
-    /// Step 1: accepts clients until the server stops.
-    async fn accept_all(self: Rc<Self>, mut listener: Listener, socket: Async<OwnedFd>) {
+    /// The whole life of the server: accepts clients until it is to stop, and closes all connections
+    /// once what has arrived is served.
+    async fn run(self: Rc<Self>, mut listener: Listener, socket: Async<OwnedFd>) {
         let first = race(pin!(self.accept(&mut listener, &socket)), self.stop.wait()).await;
-        if let Either::Left(Err(err)) = first {
-            self.failed.set(Some(err));
-            self.stop.set();
-        }
+        self.failed.set(first.ok().and_then(Result::err));
         // Closing the listener resets the connections still in its backlog.
         for _ in 0..net::BACKLOG {
             let Accepted::Client(stream, peer) = listener.accept() else { break };
             self.add_conn(stream, peer);
         }
+        drop((socket, listener));
+        self.runtime.drain_input(Instant::now() + GRACE / 2).await;
+        self.close.set();
     }
 
+    /// Step 1: accepts clients for as long as it is polled.
     async fn accept(
         self: &Rc<Self>,
         listener: &mut Listener,
@@ -89,7 +90,7 @@ impl TcpServer {
                     Accepted::Client(stream, peer) => self.add_conn(stream, peer),
                     Accepted::WouldBlock => break,
                     Accepted::Exhausted => {
-                        self.runtime.sleep(net::ACCEPT_PAUSE)?.await;
+                        self.runtime.sleep(net::ACCEPT_PAUSE).await;
                         break;
                     }
                 }
@@ -97,18 +98,30 @@ impl TcpServer {
         }
     }
 
+    /// Step 2: starts a task for the client. An `async fn` would hold the connection twice: as its
+    /// argument, and where it is used.
     fn add_conn(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
         debug!("{peer}: connected, fd {}", stream.as_raw_fd());
-        match Conn::new(self, stream, peer) {
-            Ok(conn) => self.runtime.spawn(conn.serve()),
-            Err(err) => warn!("{peer}: dropped: {err}"),
-        }
+        let (mut conn, server) = match Conn::new(self, stream, peer) {
+            Ok(conn) => (conn, Rc::clone(self)),
+            Err(err) => return warn!("{peer}: dropped: {err}"),
+        };
+        self.runtime.spawn(async move {
+            // If the server closes first, the other one is dropped where it awaits. No byte is lost:
+            // they are in `conn`.
+            let first = race(pin!(conn.talk()), server.close.wait()).await;
+            let closed =
+                first.unwrap_or(Ok(())).and_then(|()| conn.stream.close_gracefully(conn.output));
+            match closed {
+                Ok(()) => debug!("{peer}: closed"),
+                Err(err) => info!("{peer}: dropped: {err}"),
+            }
+        });
     }
 
     /// Stops listening, serves what has arrived, and closes all connections, within [`GRACE`].
     pub fn drain(&self) -> Result<()> {
         let end = Instant::now() + GRACE;
-        self.runtime.reactor().0.close_limits.at_once = usize::MAX;
         self.stop.set();
         self.runtime.run()?;
         let (event_loop, waiting) = &mut *self.runtime.reactor();
@@ -122,7 +135,6 @@ impl TcpServer {
 
 /// One client: its socket, the start of an incomplete message, and unsent replies.
 pub struct Conn {
-    server: Rc<TcpServer>,
     stream: Async<TcpStream>,
     peer: SocketAddr,
     input: InputBuf,
@@ -130,41 +142,12 @@ pub struct Conn {
 }
 
 impl Conn {
-    fn new(server: &Rc<TcpServer>, stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
+    fn new(server: &TcpServer, stream: TcpStream, peer: SocketAddr) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         // Replies are complete when written: waiting for more (Nagle) would only delay them.
         stream.set_nodelay(true)?;
         let (input, output) = (InputBuf::new(&server.pool), OutputBuf::new(&server.pool));
-        let stream = Async::new(&server.runtime, stream);
-        Ok(Self { server: Rc::clone(server), stream, peer, input, output })
-    }
-
-    /// Step 2: the whole life of a connection. An `async fn` would hold `self` twice: as its argument,
-    /// and where it is used.
-    fn serve(mut self) -> impl Future<Output = ()> {
-        async move {
-            match self.run().await {
-                Ok(()) => debug!("{}: closed", self.peer),
-                Err(err) => return info!("{}: dropped: {err}", self.peer),
-            }
-            let Some(stream) = self.stream.into_inner() else { return };
-            let event_loop = &mut self.server.runtime.reactor().0;
-            let none = Callbacks { read: None, write: None };
-            let result = event_loop.add_io_event(&stream, Interest::NONE, none);
-            let closed =
-                result.and_then(|token| event_loop.close_gracefully(stream, token, self.output));
-            closed.unwrap_or_else(|err| info!("{}: dropped: {err}", self.peer));
-        }
-    }
-
-    /// Returns when the connection is to be closed.
-    async fn run(&mut self) -> io::Result<()> {
-        let server = Rc::clone(&self.server);
-        // The one that is not ready first is dropped, at an await. No byte is lost: they are in `self`.
-        if let Either::Left(result) = race(pin!(self.talk()), server.stop.wait()).await {
-            return result;
-        }
-        server.runtime.timeout(GRACE / 2, self.finish()).await?.unwrap_or(Ok(()))
+        Ok(Self { stream: Async::new(&server.runtime, stream), peer, input, output })
     }
 
     /// Step 3: reads messages and answers them, until the client has sent its last byte, or something
@@ -172,40 +155,32 @@ impl Conn {
     async fn talk(&mut self) -> io::Result<()> {
         loop {
             self.stream.readable().await?;
-            if self.input.read_from(self.stream.get())? == Some(0) {
+            if self.input.read_from(self.stream.get_ref())? == Some(0) {
                 if !self.input.is_empty() {
                     let n = self.input.len();
                     warn!("{}: closed inside a message, {n} bytes into it", self.peer);
                 }
                 return Ok(());
             }
-            if !self.reply().await? {
-                return Ok(());
+            loop {
+                let handled = self.handle_messages();
+                let refused = |err: &_| warn!("{}: refused: {err:#}", self.peer);
+                let Ok(more) = handled.inspect_err(refused) else { return Ok(()) };
+                // A socket nearly always has room: waits for it only after a write.
+                self.output.write_to(self.stream.get_ref())?;
+                while !self.output.is_empty() {
+                    self.stream.writable().await?;
+                    self.output.write_to(self.stream.get_ref())?;
+                }
+                if !more {
+                    break;
+                }
             }
         }
     }
 
-    /// Step 4: answers the complete messages, and writes the replies. Returns false after a bad one.
-    async fn reply(&mut self) -> io::Result<bool> {
-        loop {
-            let handled = self.handle_messages();
-            // Also after a bad message: those before it are owed a reply.
-            self.output.write_to(self.stream.get())?;
-            let Ok(more) = handled.inspect_err(|err| warn!("{}: refused: {err:#}", self.peer))
-            else {
-                return Ok(false);
-            };
-            while !self.output.is_empty() {
-                self.stream.writable().await?;
-                self.output.write_to(self.stream.get())?;
-            }
-            if !more {
-                return Ok(true);
-            }
-        }
-    }
-
-    /// Answers the complete messages, up to the high-water mark. Returns whether there may be more.
+    /// Step 4: answers the complete messages, up to the high-water mark. Returns whether there may be
+    /// more.
     fn handle_messages(&mut self) -> anyhow::Result<bool> {
         let Some(mut block) = self.input.take() else { return Ok(false) };
         while self.output.len() <= HIGH_WATER {
@@ -217,19 +192,6 @@ impl Conn {
         }
         self.input.put_back(block);
         Ok(self.output.len() > HIGH_WATER)
-    }
-
-    /// The server stops: answers what is still in flight.
-    async fn finish(&mut self) -> io::Result<()> {
-        while self.reply().await? {
-            let readable = self.server.runtime.timeout(QUIET, self.stream.readable()).await?;
-            if readable.transpose()?.is_none()
-                || self.input.read_from(self.stream.get())? == Some(0)
-            {
-                break;
-            }
-        }
-        Ok(())
     }
 
     /// Queues one message: all replies to one read leave together.
