@@ -1,15 +1,10 @@
 //! The executor: async tasks on the event loop of chapter 3 (since v13).
 //!
-//! ```text
-//! Runtime::run:   +-> poll the tasks in the queue --> no task left: return
-//!                 |                |
-//!     wake: into the queue  <--  one iteration of the loop, EventLoop::poll_once
-//! ```
-//!
-//! While a task waits, its [`Waker`] is where a callback would be: with an fd or a timer. The loop's own
-//! callbacks do nothing but find out which task to wake.
+//! It polls the tasks that have been woken, then gives the loop one iteration, and so on. While a task
+//! waits, its [`Waker`] is where a callback would be: with an fd or a timer. The loop's own callbacks do
+//! nothing but find out which task to wake.
 
-use std::cell::{Cell, RefCell, RefMut};
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::future::poll_fn;
 use std::io;
@@ -32,18 +27,16 @@ use crate::closing::QUIET;
 use crate::event_loop::{Callbacks, EventLoop, Interest, TimerId, Token};
 use crate::reactor_buf::OutputBuf;
 
-/// The executor of one thread (since v13). Clones are the same one.
-#[derive(Clone)]
-pub struct Runtime(Rc<Inner>);
-
-struct Inner {
-    reactor: RefCell<(Loop, Waiting)>,
+/// The executor of one thread (since v13).
+pub struct Runtime {
+    /// The event loop, and its state. Not to be borrowed when a task is awaited, spawned or dropped.
+    pub reactor: RefCell<(Loop, Waiting)>,
     /// `None` while it is polled.
     tasks: RefCell<HashMap<u64, Option<Task>>>,
     /// How many tasks have been spawned, and how many events have come.
     spawned: Cell<u64>,
     events: Cell<usize>,
-    queue: Arc<Queue>,
+    queue: Arc<Mutex<Queue>>,
 }
 
 type Loop = EventLoop<Waiting>;
@@ -64,48 +57,33 @@ struct TaskWaker {
     number: u64,
     /// Woken again while it is in the queue, a task is still polled once.
     queued: AtomicBool,
-    queue: Arc<Queue>,
+    queue: Arc<Mutex<Queue>>,
 }
 
-/// The tasks to poll.
 struct Queue {
-    state: Mutex<QueueState>,
-    /// Ends epoll_wait.
-    bell: Bell,
-}
-
-#[derive(Default)]
-struct QueueState {
+    /// The tasks to poll.
     ready: Vec<Arc<TaskWaker>>,
-    /// Whether the next wake-up has to ring: the loop sleeps, or is about to. It is under the same lock
-    /// as the queue, or a task that is woken in between would not be seen.
+    /// Whether the next wake-up has to ring: the loop sleeps, or is about to. Under the same lock, or a
+    /// wake-up between the last look at `ready` and epoll_wait would be lost.
     asleep: bool,
+    bell: Bell,
 }
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
             let queue = Arc::clone(&self.queue);
-            let mut state = queue.lock();
-            state.ready.push(self);
-            if mem::take(&mut state.asleep) {
+            let mut queue = lock(&queue);
+            queue.ready.push(self);
+            if mem::take(&mut queue.asleep) {
                 queue.bell.ring();
             }
         }
     }
 }
 
-impl Queue {
-    fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether there is nothing to poll, so that the loop may sleep.
-    fn sleep(&self) -> bool {
-        let mut state = self.lock();
-        state.asleep = state.ready.is_empty();
-        state.asleep
-    }
+fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
+    queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Runtime {
@@ -113,31 +91,26 @@ impl Runtime {
     ///
     /// # Errors
     /// Any epoll_create1(2), eventfd(2) or epoll_ctl(2) error, typically EMFILE.
-    pub fn new() -> io::Result<Self> {
-        let mut event_loop = EventLoop::new()?;
-        let queue = Arc::new(Queue { state: Mutex::default(), bell: Bell::new()? });
+    pub fn new() -> io::Result<Rc<Self>> {
+        let (mut event_loop, bell) = (EventLoop::new()?, Bell::new()?);
         // The bell only ends epoll_wait; `turn` silences it.
         let callbacks = Callbacks { read: Some(|_, _, _| Ok(())), write: None };
-        event_loop.add_io_event(&queue.bell, Interest::READ, callbacks)?;
+        event_loop.add_io_event(&bell, Interest::READ, callbacks)?;
         let (waiting, tasks, spawned, events) = Default::default();
         let reactor = RefCell::new((event_loop, waiting));
-        Ok(Self(Rc::new(Inner { reactor, tasks, spawned, events, queue })))
-    }
-
-    /// The event loop, and its state. Not to be held when a task is awaited, spawned or dropped.
-    pub fn reactor(&self) -> RefMut<'_, (Loop, Waiting)> {
-        self.0.reactor.borrow_mut()
+        let queue = Arc::new(Mutex::new(Queue { ready: Vec::new(), asleep: false, bell }));
+        Ok(Rc::new(Self { reactor, tasks, spawned, events, queue }))
     }
 
     /// Starts a task. If it panics, the others go on.
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
-        let number = self.0.spawned.replace(self.0.spawned.get() + 1);
-        self.0.tasks.borrow_mut().insert(number, Some(Box::pin(future)));
+        let number = self.spawned.replace(self.spawned.get() + 1);
+        self.tasks.borrow_mut().insert(number, Some(Box::pin(future)));
         self.wake(number);
     }
 
     fn wake(&self, number: u64) {
-        let (queued, queue) = (AtomicBool::new(false), Arc::clone(&self.0.queue));
+        let (queued, queue) = (AtomicBool::new(false), Arc::clone(&self.queue));
         Arc::new(TaskWaker { number, queued, queue }).wake();
     }
 
@@ -150,9 +123,9 @@ impl Runtime {
         loop {
             // What is woken from here on has to wait for the fds and the timers: a task that wakes
             // itself again and again must not keep them waiting.
-            mem::swap(&mut batch, &mut self.0.queue.lock().ready);
+            mem::swap(&mut batch, &mut lock(&self.queue).ready);
             batch.drain(..).for_each(|waker| self.poll(waker));
-            if self.0.tasks.borrow().is_empty() || !self.turn(&mut woken)? {
+            if self.tasks.borrow().is_empty() || !self.turn(&mut woken)? {
                 return Ok(());
             }
             woken.drain(..).for_each(Waker::wake);
@@ -164,7 +137,7 @@ impl Runtime {
         waker.queued.store(false, Ordering::Release);
         let (number, waker) = (waker.number, Waker::from(waker));
         let put = |task: Option<Task>| {
-            self.0.tasks.borrow_mut().get_mut(&number).and_then(|slot| mem::replace(slot, task))
+            self.tasks.borrow_mut().get_mut(&number).and_then(|slot| mem::replace(slot, task))
         };
         // Out of the table, which the task may use to spawn others.
         let Some(mut task) = put(None) else { return };
@@ -175,17 +148,21 @@ impl Runtime {
             Ok(Poll::Ready(())) => trace!("ready: task {number}"),
             Err(_) => error!("task {number} panicked"),
         }
-        self.0.tasks.borrow_mut().remove(&number);
+        self.tasks.borrow_mut().remove(&number);
     }
 
     /// One iteration of the loop, which waits if the queue is empty. Returns false if it was stopped.
     fn turn(&self, woken: &mut Vec<Waker>) -> Result<bool> {
-        let sleeps = self.0.queue.sleep();
-        let (event_loop, waiting) = &mut *self.reactor();
-        let n = event_loop.poll_once(waiting, (!sleeps).then_some(Duration::ZERO))?;
-        self.0.events.set(self.0.events.get() + n);
-        if sleeps && !mem::take(&mut self.0.queue.lock().asleep) {
-            self.0.queue.bell.silence()?;
+        let mut queue = lock(&self.queue);
+        queue.asleep = queue.ready.is_empty();
+        let limit = (!queue.asleep).then_some(Duration::ZERO);
+        drop(queue);
+        let (event_loop, waiting) = &mut *self.reactor.borrow_mut();
+        let n = event_loop.poll_once(waiting, limit)?;
+        self.events.set(self.events.get() + n);
+        let mut queue = lock(&self.queue);
+        if limit.is_none() && !mem::take(&mut queue.asleep) {
+            queue.bell.silence()?;
         }
         mem::swap(woken, &mut waiting.woken);
         Ok(event_loop.is_running())
@@ -194,43 +171,32 @@ impl Runtime {
     /// Drops all tasks.
     pub fn clear(&self) {
         // Not while the table is borrowed: dropping a task may run any code.
-        let _tasks = self.0.tasks.take();
+        let _tasks = self.tasks.take();
     }
 }
 
 /// A non-blocking fd that a task can wait for (since v13). Waiting registers it with the loop, dropping
 /// this deregisters it.
-pub struct Async<F: AsFd + 'static> {
-    runtime: Runtime,
-    source: Rc<Source<F>>,
-}
+pub struct Async<F: AsFd + 'static>(Rc<Source<F>>);
 
 struct Source<F: AsFd + ?Sized> {
+    runtime: Rc<Runtime>,
     token: Cell<Option<Token>>,
-    /// To read, and to write.
-    waiters: RefCell<[Waiter; 2]>,
+    /// Whether a task waits to read, and to write; and its waker, until it is woken.
+    waiters: RefCell<[Option<Option<Waker>>; 2]>,
     fd: F,
-}
-
-#[derive(Default)]
-enum Waiter {
-    #[default]
-    None,
-    Waits(Waker),
-    /// It has been woken, and not polled yet.
-    Woken,
 }
 
 impl<F: AsFd> Async<F> {
     /// Wraps an fd, which has to be non-blocking.
-    pub fn new(runtime: &Runtime, fd: F) -> Self {
+    pub fn new(runtime: &Rc<Runtime>, fd: F) -> Self {
         let (token, waiters) = Default::default();
-        Self { runtime: runtime.clone(), source: Rc::new(Source { token, waiters, fd }) }
+        Self(Rc::new(Source { runtime: Rc::clone(runtime), token, waiters, fd }))
     }
 
     /// The fd itself.
     pub fn get_ref(&self) -> &F {
-        &self.source.fd
+        &self.0.fd
     }
 
     /// Waits until there is something to read. Then read once: the other tasks want their turn.
@@ -244,15 +210,14 @@ impl<F: AsFd> Async<F> {
     }
 
     fn watch(&self) -> io::Result<()> {
-        let (event_loop, waiting) = &mut *self.runtime.reactor();
-        waiting.watch(event_loop, &(Rc::clone(&self.source) as AnySource))
+        let (event_loop, waiting) = &mut *self.0.runtime.reactor.borrow_mut();
+        waiting.watch(event_loop, &(Rc::clone(&self.0) as AnySource))
     }
 }
 
 impl<F: AsFd> Drop for Async<F> {
     fn drop(&mut self) {
-        let _wakers = self.source.waiters.take();
-        // It could only fail if the fd were not registered.
+        // No future is left that waits. It could only fail if the fd were not registered.
         let _ = self.watch();
     }
 }
@@ -265,22 +230,20 @@ impl Waiting {
 
     fn wake(&mut self, event_loop: &mut Loop, token: Token, side: usize) -> Result<()> {
         let Some(source) = self.sources.get(&token).map(Rc::clone) else { return Ok(()) };
-        let waiter = mem::replace(&mut source.waiters.borrow_mut()[side], Waiter::Woken);
-        if let Waiter::Waits(waker) = waiter {
+        if let Some(waker) = source.waiters.borrow_mut()[side].as_mut().and_then(Option::take) {
             // Nothing changes for epoll: typically the task waits again before the next iteration.
             self.woken.push(waker);
             return Ok(());
         }
         // It has not: level-triggered, the same event would come again and again.
-        source.waiters.borrow_mut()[side] = waiter;
         Ok(self.watch(event_loop, &source)?)
     }
 
     /// Has `source` watched for exactly what is waited for. If that is nothing it is deregistered: errors
     /// cannot be masked.
     fn watch(&mut self, event_loop: &mut Loop, source: &AnySource) -> io::Result<()> {
-        let waits = |waiter: &Waiter| matches!(waiter, Waiter::Waits(_));
-        let [read, write] = source.waiters.borrow().each_ref().map(waits);
+        let [read, write] =
+            source.waiters.borrow().each_ref().map(|it| matches!(it, Some(Some(_))));
         let interest = Interest { read, write };
         match source.token.get() {
             None if interest == Interest::NONE => {}
@@ -313,19 +276,14 @@ impl<F: AsFd> Future for Readiness<'_, F> {
     type Output = io::Result<()>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io.source.waiters.borrow_mut()[self.side] {
-            waiter @ Waiter::Woken if self.waits => {
-                *waiter = Waiter::None;
+        match &mut self.io.0.waiters.borrow_mut()[self.side] {
+            waiter @ Some(None) if self.waits => {
+                *waiter = None;
                 self.waits = false;
                 return Poll::Ready(Ok(()));
             }
-            // Polled for another reason.
-            Waiter::Waits(waker) if self.waits => {
-                waker.clone_from(cx.waker());
-                return Poll::Pending;
-            }
-            waiter @ Waiter::None => *waiter = Waiter::Waits(cx.waker().clone()),
-            _ => return Poll::Ready(Err(io::ErrorKind::ResourceBusy.into())),
+            Some(_) if !self.waits => return Poll::Ready(Err(io::ErrorKind::ResourceBusy.into())),
+            waiter => *waiter = Some(Some(cx.waker().clone())),
         }
         self.waits = true;
         // What is ready already is an event too, so no wake-up is lost.
@@ -338,28 +296,30 @@ impl<F: AsFd> Drop for Readiness<'_, F> {
     /// Nothing is lost: the bytes are in the socket.
     fn drop(&mut self) {
         if self.waits {
-            self.io.source.waiters.borrow_mut()[self.side] = Waiter::None;
+            self.io.0.waiters.borrow_mut()[self.side] = None;
         }
     }
 }
 
-// ---- What is built on it -------------------------------------------------------------------------
-
 impl Runtime {
     /// Waits until `delay` has passed from now on; for ever, if that would overflow an [`Instant`].
-    pub fn sleep(&self, delay: Duration) -> Sleep {
-        let (event_loop, waiting) = &mut *self.reactor();
+    pub fn sleep(self: &Rc<Self>, delay: Duration) -> Sleep {
+        let (event_loop, waiting) = &mut *self.reactor.borrow_mut();
         let timer = event_loop.run_after(delay, Token::default(), |waiting: &mut Waiting, _, _| {
             // The loop runs timers in the order of their ids, so the first one is due.
             waiting.woken.extend(waiting.sleepers.pop_first().and_then(|(_, waker)| waker));
             Ok(())
         });
         let id = timer.inspect(|id| drop(waiting.sleepers.insert(*id, None))).ok();
-        Sleep { runtime: self.clone(), id }
+        Sleep { runtime: Rc::clone(self), id }
     }
 
     /// The output of `future`, or `None` if it is not ready within `limit`. Then it is dropped.
-    pub async fn timeout<F: Future>(&self, limit: Duration, future: F) -> Option<F::Output> {
+    pub async fn timeout<F: Future>(
+        self: &Rc<Self>,
+        limit: Duration,
+        future: F,
+    ) -> Option<F::Output> {
         race(pin!(future), self.sleep(limit)).await.ok()
     }
 
@@ -369,40 +329,37 @@ impl Runtime {
         &self,
         future: impl Future<Output = T> + 'static,
     ) -> impl Future<Output = Result<T>> + Unpin {
-        let state = Rc::new(Join { output: Cell::default(), waiter: Cell::default() });
+        let state = Rc::new((Cell::new(None), Cell::new(None)));
         let end = JoinEnd(Rc::clone(&state));
         // Boxed, because an async block holds twice what it awaits.
         let future = Box::pin(future);
-        self.spawn(async move { end.0.output.set(Some(future.await)) });
+        self.spawn(async move { end.0.0.set(Some(future.await)) });
         poll_fn(move |cx| {
             // The other one is the task's.
             if Rc::strong_count(&state) > 1 {
-                state.waiter.set(Some(cx.waker().clone()));
+                state.1.set(Some(cx.waker().clone()));
                 return Poll::Pending;
             }
-            Poll::Ready(state.output.take().context("the task panicked, or was dropped"))
+            Poll::Ready(state.0.take().context("the task panicked, or was dropped"))
         })
     }
 
     /// The same as [`EventLoop::drain_input`]: waits until no output is unsent and nothing has arrived
     /// for 50 ms, or until `end`.
-    pub async fn drain_input(&self, end: Instant) {
-        self.reactor().0.close_limits.at_once = usize::MAX;
-        let mut before = None;
-        while Instant::now() < end {
-            let events = self.0.events.get();
-            if before == Some(events) && !self.reactor().0.is_writing() {
-                break;
-            }
-            before = Some(events);
+    pub async fn drain_input(self: &Rc<Self>, end: Instant) {
+        self.reactor.borrow_mut().0.close_limits.at_once = usize::MAX;
+        let mut quiet = false;
+        while !quiet && Instant::now() < end {
+            let events = self.events.get();
             self.sleep(QUIET).await;
+            quiet = self.events.get() == events && !self.reactor.borrow().0.is_writing();
         }
     }
 }
 
 /// The future of [`Runtime::sleep`] (since v13).
 pub struct Sleep {
-    runtime: Runtime,
+    runtime: Rc<Runtime>,
     id: Option<TimerId>,
 }
 
@@ -412,7 +369,8 @@ impl Future for Sleep {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let Some(id) = self.id else { return Poll::Pending };
         let waker = cx.waker().clone();
-        let waiter = self.runtime.reactor().1.sleepers.get_mut(&id).map(|it| it.replace(waker));
+        let waiter =
+            self.runtime.reactor.borrow_mut().1.sleepers.get_mut(&id).map(|it| it.replace(waker));
         if waiter.is_some() { Poll::Pending } else { Poll::Ready(()) }
     }
 }
@@ -420,24 +378,20 @@ impl Future for Sleep {
 impl Drop for Sleep {
     fn drop(&mut self) {
         let Some(id) = self.id else { return };
-        self.runtime.reactor().0.cancel_timer(id);
+        self.runtime.reactor.borrow_mut().0.cancel_timer(id);
         // Dropped at the end, when the loop is free.
-        let _waker = self.runtime.reactor().1.sleepers.remove(&id);
+        let _waker = self.runtime.reactor.borrow_mut().1.sleepers.remove(&id);
     }
 }
 
 /// A part of the task, with its output and the waker of the task that joins it. It is dropped when the
 /// task ends, in whatever way.
 struct JoinEnd<T>(Rc<Join<T>>);
-
-struct Join<T> {
-    output: Cell<Option<T>>,
-    waiter: Cell<Option<Waker>>,
-}
+type Join<T> = (Cell<Option<T>>, Cell<Option<Waker>>);
 
 impl<T> Drop for JoinEnd<T> {
     fn drop(&mut self) {
-        self.0.waiter.take().into_iter().for_each(Waker::wake);
+        self.0.1.take().into_iter().for_each(Waker::wake);
     }
 }
 
@@ -447,10 +401,10 @@ impl Async<TcpStream> {
     /// # Errors
     /// Any epoll_ctl(2) error. An error on the connection itself only ends that connection.
     pub fn close_gracefully(self, output: OutputBuf) -> io::Result<()> {
-        let (runtime, source) = (self.runtime.clone(), Rc::clone(&self.source));
+        let (runtime, source) = (Rc::clone(&self.0.runtime), Rc::clone(&self.0));
         drop(self);
         let none = Callbacks { read: None, write: None };
-        let event_loop = &mut runtime.reactor().0;
+        let event_loop = &mut runtime.reactor.borrow_mut().0;
         let token = event_loop.add_io_event(&source.fd, Interest::NONE, none)?;
         // `self` and the registration had the only others.
         Rc::into_inner(source)
@@ -473,20 +427,20 @@ pub fn race<A: Future + Unpin, B: Future + Unpin>(
 
 /// Something that happens once, for all tasks that wait for it (since v13).
 pub struct Event {
-    runtime: Runtime,
+    runtime: Rc<Runtime>,
     has_happened: Cell<bool>,
 }
 
 impl Event {
     /// An event that has not happened.
-    pub fn new(runtime: &Runtime) -> Self {
-        Self { runtime: runtime.clone(), has_happened: Cell::new(false) }
+    pub fn new(runtime: &Rc<Runtime>) -> Self {
+        Self { runtime: Rc::clone(runtime), has_happened: Cell::new(false) }
     }
 
     /// Lets it happen. This wakes all tasks: a list of those that wait would cost each of them memory.
     pub fn set(&self) {
         self.has_happened.set(true);
-        self.runtime.0.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
+        self.runtime.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
     }
 
     /// Waits until it has happened.

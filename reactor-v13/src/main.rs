@@ -23,11 +23,11 @@ struct Args {
 fn main() -> ExitCode {
     cli::run_server(|args: Args| {
         let runtime = Runtime::new().context("cannot create the event loop")?;
-        let signals = StopSignals::register(&mut runtime.reactor().0);
+        let signals = StopSignals::register(&mut runtime.reactor.borrow_mut().0);
         let signals = signals.context("cannot watch for signals")?;
         let server = TcpServer::new(&runtime, &args.server.addr)?;
         runtime.run()?;
-        signals.restore_default(&mut runtime.reactor().0)?;
+        signals.restore_default(&mut runtime.reactor.borrow_mut().0)?;
         server.drain()
     })
 }

@@ -36,7 +36,7 @@ const HIGH_WATER: usize = (1024 - 64) * 1024;
 
 /// What all tasks share.
 pub struct TcpServer {
-    runtime: Runtime,
+    runtime: Rc<Runtime>,
     pool: BufPool,
     /// No more clients are accepted.
     stop: Event,
@@ -48,22 +48,21 @@ pub struct TcpServer {
 
 impl TcpServer {
     /// Starts the task that accepts.
-    pub fn new(runtime: &Runtime, addr: &Addr) -> Result<Rc<Self>> {
+    pub fn new(runtime: &Rc<Runtime>, addr: &Addr) -> Result<Rc<Self>> {
         net::raise_fd_limit();
         let listener =
             Listener::bind(addr.resolved()).with_context(|| format!("cannot listen on {addr}"))?;
         listener.set_nonblocking()?;
         // Accepting changes the listener, so it cannot be shared with the loop.
         let socket = Async::new(runtime, listener.as_fd().try_clone_to_owned()?);
-        let (runtime, stop, close) = (runtime.clone(), Event::new(runtime), Event::new(runtime));
+        let (runtime, stop, close) = (Rc::clone(runtime), Event::new(runtime), Event::new(runtime));
         let (pool, failed) = (BufPool::new(POOL_CAP), Cell::default());
         let server = Rc::new(Self { runtime, pool, stop, close, failed });
         server.runtime.spawn(Rc::clone(&server).run(listener, socket));
         Ok(server)
     }
 
-    /// The whole life of the server: accepts clients until it is to stop, and closes all connections
-    /// once what has arrived is served.
+    /// The whole life of the server. When it is to stop, it still serves what has arrived.
     async fn run(self: Rc<Self>, mut listener: Listener, socket: Async<OwnedFd>) {
         let first = race(pin!(self.accept(&mut listener, &socket)), self.stop.wait()).await;
         self.failed.set(first.ok().and_then(Result::err));
@@ -98,8 +97,7 @@ impl TcpServer {
         }
     }
 
-    /// Step 2: starts a task for the client. An `async fn` would hold the connection twice: as its
-    /// argument, and where it is used.
+    /// Step 2: starts a task for the client. (An `async fn` would hold its argument `conn` twice.)
     fn add_conn(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
         debug!("{peer}: connected, fd {}", stream.as_raw_fd());
         let (mut conn, server) = match Conn::new(self, stream, peer) {
@@ -107,12 +105,9 @@ impl TcpServer {
             Err(err) => return warn!("{peer}: dropped: {err}"),
         };
         self.runtime.spawn(async move {
-            // If the server closes first, the other one is dropped where it awaits. No byte is lost:
-            // they are in `conn`.
-            let first = race(pin!(conn.talk()), server.close.wait()).await;
-            let closed =
-                first.unwrap_or(Ok(())).and_then(|()| conn.stream.close_gracefully(conn.output));
-            match closed {
+            // `talk` may be dropped wherever it awaits. No byte is lost: they are all in `conn`.
+            let first = race(pin!(conn.talk()), server.close.wait()).await.unwrap_or(Ok(()));
+            match first.and_then(|()| conn.stream.close_gracefully(conn.output)) {
                 Ok(()) => debug!("{peer}: closed"),
                 Err(err) => info!("{peer}: dropped: {err}"),
             }
@@ -124,7 +119,7 @@ impl TcpServer {
         let end = Instant::now() + GRACE;
         self.stop.set();
         self.runtime.run()?;
-        let (event_loop, waiting) = &mut *self.runtime.reactor();
+        let (event_loop, waiting) = &mut *self.runtime.reactor.borrow_mut();
         let cut_off = event_loop.drain_output(waiting, end)?;
         // One is the executor's own.
         let (registered, buffers) = (event_loop.registered() - 1, self.pool.stats());
@@ -150,8 +145,7 @@ impl Conn {
         Ok(Self { stream: Async::new(&server.runtime, stream), peer, input, output })
     }
 
-    /// Step 3: reads messages and answers them, until the client has sent its last byte, or something
-    /// that is no message.
+    /// Step 3: reads messages and answers them, up to the client's last byte or a bad message.
     async fn talk(&mut self) -> io::Result<()> {
         loop {
             self.stream.readable().await?;
@@ -175,12 +169,12 @@ impl Conn {
                 if !more {
                     break;
                 }
+                self.stream.writable().await?;
             }
         }
     }
 
-    /// Step 4: answers the complete messages, up to the high-water mark. Returns whether there may be
-    /// more.
+    /// Step 4: answers complete messages, up to the high-water mark. Returns whether there may be more.
     fn handle_messages(&mut self) -> anyhow::Result<bool> {
         let Some(mut block) = self.input.take() else { return Ok(false) };
         while self.output.len() <= HIGH_WATER {
