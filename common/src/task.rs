@@ -102,7 +102,7 @@ impl<S, N> Tasks<S, N> {
 
 /// How a callback publishes, whatever the state of the loops (since v11).
 pub trait Publish {
-    /// Sends a message to all clients of all threads but the publisher, a client of this one.
+    /// Sends a message to all clients of all threads but the publisher, a client of this thread.
     /// Returns false if a mailbox has no room; then nothing is sent.
     fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool;
 }
