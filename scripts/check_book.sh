@@ -32,6 +32,7 @@ sed "s|</main>|$faults|" docs/book/v01.html > "$scratch/site/faults.html"
     ! -name 'toc.html' -printf '%P\n' | sort) > "$scratch/site/pages.txt"
 
 # On a free port, which the server prints.
+: > "$scratch/log"
 python3 -u -m http.server --bind 127.0.0.1 --directory "$scratch/site" 0 > "$scratch/log" 2>/dev/null &
 server=$!
 port=''

@@ -94,7 +94,7 @@ impl<A: Parser> Config<A> {
         let get = |key, default| values.get(key).map_or(default, String::as_str);
         let mut options = vec![format!("--addr={}", join(get("ip", host), get("port", port)))];
         let rest = KEYS.iter().filter(|(_, option)| *option != "addr");
-        // An empty text is none.
+        // An empty text counts as not set.
         let set = |key| values.get(key).filter(|value| !value.is_empty());
         options.extend(rest.filter_map(|(key, option)| Some(format!("--{option}={}", set(key)?))));
         // Of several equal ones the last counts, which is that of the command line.

@@ -38,7 +38,7 @@ struct Shared<N> {
     stopped: AtomicBool,
     /// Beside the queue too, and only the latest.
     notice: Mutex<Option<N>>,
-    /// How many letters are in the queue, which does not tell.
+    /// How many letters are in the queue, because std's channel does not tell.
     queued: AtomicUsize,
 }
 

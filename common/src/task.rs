@@ -1,6 +1,7 @@
 //! Tasks: closures that one thread sends to the loop of another, and what they are for here: to
 //! publish a message to all clients of all threads (since v11).
 
+use std::cell::OnceCell;
 use std::error::Error;
 use std::fmt;
 use std::io;
@@ -102,17 +103,18 @@ impl<S, N> Tasks<S, N> {
 
 /// How a callback publishes, whatever the state of the loops (since v11).
 pub trait Publish {
-    /// Sends a message to all clients of all threads but the publisher, a client of this one.
+    /// Sends a message to all clients of all threads but the publisher, a client of this thread.
     /// Returns false if a mailbox has no room; then nothing is sent.
     fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool;
 }
 
 impl<S: 'static, N> Publish for Tasks<S, N> {
     fn publish(&self, payload: &[u8], id: i32, publisher: Option<Token>) -> bool {
-        let payload: Arc<[u8]> = payload.into();
+        let shared = OnceCell::<Arc<[u8]>>::new();
         let (callback, sender) = (self.publish, thread::current().id());
         self.send_task_to_all(|| {
-            let payload = Arc::clone(&payload);
+            // Copied once, and only if there is room: the publisher may try again often.
+            let payload = Arc::clone(shared.get_or_init(|| payload.into()));
             Box::new(move |state, event_loop| {
                 // On another thread's loop the token may be a different client's.
                 let publisher = publisher.filter(|_| thread::current().id() == sender);

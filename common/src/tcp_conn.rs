@@ -227,8 +227,8 @@ impl TcpConn {
         self.closed
     }
 
-    /// For the callback of a message: to be called again with the same message, a millisecond later.
-    /// Until then nothing is read (since v11).
+    /// Asks for the callback of a message to be called again with the same message, a millisecond
+    /// later. Until then nothing is read (since v11).
     pub fn pause(&mut self) {
         self.paused = true;
     }

@@ -69,7 +69,7 @@ impl UdpServer {
         let socket = net::bind_first(addrs, |addr| {
             let fd = net::new_socket(addr, SockType::Datagram, SockFlag::SOCK_NONBLOCK)?;
             // Bound to all addresses of the machine, a reply would leave from any of them: a client
-            // that asked another one would not take it for an answer.
+            // that sent to another one would not accept it as the reply.
             match addr {
                 SocketAddr::V4(_) => setsockopt(&fd, Ipv4PacketInfo, &is_any(addr))?,
                 SocketAddr::V6(_) => setsockopt(&fd, Ipv6RecvPacketInfo, &is_any(addr))?,

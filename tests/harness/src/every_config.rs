@@ -347,7 +347,7 @@ pub fn a_file_with_a_mistake_changes_nothing(chapter: Chapter) {
     assert_eq!(server.log().matches(" WARN ").count(), 2, "{}", server.log());
     conf.reload(&server, "welcome = new");
     assert_welcomed(&server, "new");
-    // An empty text is none.
+    // An empty text counts as not set.
     conf.reload(&server, "welcome =");
     served(server.addr());
 }

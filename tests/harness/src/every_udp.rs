@@ -358,7 +358,7 @@ pub fn port_0_picks_a_number_that_is_free_for_both(chapter: Chapter, _: &str) {
     thread.join().unwrap();
 }
 
-/// The kernel reports each of them (ECONNREFUSED) to a socket that wants to know.
+/// The kernel reports each of them (ECONNREFUSED), but only to a connected socket.
 pub fn senders_that_are_gone_hurt_nobody(chapter: Chapter, _: &str) {
     let server = Server::start(chapter.exe);
     let udp = connect_udp(server.addr());

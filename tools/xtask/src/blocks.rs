@@ -87,11 +87,14 @@ fn tables(
     Ok(tables)
 }
 
-/// The table of a comment `reading: FILE; FILE (skip at first)` or `reading, at most LINES: FILE`.
+/// The table of a comment `reading: FILE; FILE (skip at first)`, or `reading, at most LINES by CHAPTER: FILE`:
+/// the limit is for the lines without what later chapters have added.
 fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String> {
     let mut table =
         "| to read, in this order | lines | what it is |\n| --- | --- | --- |\n".to_owned();
-    let (mut total, mut first) = (0, 0);
+    let limit = kind.strip_prefix("reading, at most ").and_then(|limit| limit.split_once(" by "));
+    ensure!(kind == "reading" || limit.is_some(), "not `reading, at most LINES by CHAPTER`");
+    let (mut total, mut first, mut later) = (0, 0, 0);
     for entry in files.split("; ") {
         let file = entry.strip_suffix(" (skip at first)").unwrap_or(entry);
         let note = &entry[file.len()..];
@@ -99,14 +102,18 @@ fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String>
         table += &format!("| `{file}` | {lines} | {summary}{note} |\n");
         total += lines;
         first += if note.is_empty() { lines } else { 0 };
+        later += limit.map_or(0, |(_, chapter)| sources.later_lines(file, chapter));
     }
-    if kind != "reading" {
-        let limit =
-            kind.strip_prefix("reading, at most ").context("not `reading, at most LINES`")?;
-        ensure!(total <= limit.parse()?, "{total} lines to read, more than {limit}");
+    let mut notes = Vec::new();
+    if first < total {
+        notes.push(format!("at first {first}"));
     }
-    let note = if first < total { format!("at first {first}") } else { String::new() };
-    Ok(table + &format!("| in all | {total} | {note} |\n"))
+    if let Some((limit, _)) = limit {
+        let new = total - later;
+        ensure!(new <= limit.parse()?, "{new} lines to read, more than {limit}");
+        notes.push(format!("{new} without what later chapters have added"));
+    }
+    Ok(table + &format!("| in all | {total} | {} |\n", notes.join("; ")))
 }
 
 /// The tables that are drawn as well, and the pictures that they are drawn in.

@@ -172,7 +172,7 @@ mod tests {
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
         <!-- figures: cpu, bars.svg -->\n\n<!-- end of figures -->\n\n![b](bars.svg)\n\n\
-        <!-- reading, at most 6: common/src/lib.rs -->\n\n<!-- end of reading -->\n\n\
+        <!-- reading, at most 5 by v01: common/src/lib.rs -->\n\n<!-- end of reading -->\n\n\
         ## Exercises\n";
 
     const FIGURES: &str = r#"{"rounds": 1, "seconds": 1.0, "servers": ["floor", "peer"],
@@ -195,7 +195,8 @@ mod tests {
             ("README.md", "# Readme\n"),
             (
                 "common/src/lib.rs",
-                "//! A module\n//! (since v01). Its rest.\n/// Doc.\npub struct A { b: u8 }\n\nfn call_it() {}\n",
+                "//! A module\n//! (since v01). Its rest.\n/// Doc.\npub struct A { b: u8 }\n\n\
+                 /// Later (since v02).\nfn call_it() {}\n",
             ),
             ("reactor-v01/src/main.rs", ""),
             ("reactor-v02/src/main.rs", ""),
@@ -256,12 +257,18 @@ mod tests {
             (page, "<!-- end of reading -->", "", "a table without an end"),
             (page, "<!-- figures: accept -->", "", "end of figures without a start"),
             (page, "end of figures", "end of reading", "end of reading without a start"),
-            (page, "<!-- reading, at most 6: common/src/lib.rs -->", "", "no reading list"),
-            (page, "at most 6", "at most 5", "6 lines to read, more than 5"),
-            (page, "reading, at most 6", "reading at most 6", "not `reading, at most LINES`"),
-            (page, "6: common/src/lib.rs", "6: reactor-v01/src/main.rs", "does not begin with a"),
+            (page, "<!-- reading, at most 5 by v01: common/src/lib.rs -->", "", "no reading list"),
+            (page, "at most 5", "at most 4", "5 lines to read, more than 4"),
+            (page, "5 by v01", "5 by v02", "7 lines to read, more than 5"),
+            (page, "reading, at most 5", "reading at most 5", "not `reading, at most LINES by"),
+            (
+                page,
+                "v01: common/src/lib.rs",
+                "v01: reactor-v01/src/main.rs",
+                "does not begin with a",
+            ),
             ("common/src/lib.rs", "A module", "Some module", stale),
-            ("common/src/lib.rs", "\n\nfn", "\nfn", stale),
+            ("common/src/lib.rs", "\n\n///", "\n///", stale),
             (page, "TRACE", "INFO", "there is no trace in it"),
             // What the pages refer to.
             (

@@ -95,6 +95,16 @@ impl Sources {
         Ok((source.text.lines().count(), sentence))
     }
 
+    /// How many lines of a source are of later chapters than `chapter`, for example `v03`: those of items
+    /// that are marked `(since vNN)`.
+    pub fn later_lines(&self, path: &str, chapter: &str) -> usize {
+        self.files.get(path).map_or(0, |source| {
+            let is_later = |item: &&Item| source.since(item).is_some_and(|since| *since > *chapter);
+            let later = source.items.iter().filter(is_later);
+            later.map(|item| item.last_line + 1 - item.first_line).sum()
+        })
+    }
+
     /// The text for a comment `code: FILE, ITEM; ITEM`. Its first line repeats the comment, because
     /// the site hides it.
     pub fn excerpts(&self, args: &str) -> anyhow::Result<String> {
@@ -109,6 +119,14 @@ impl Sources {
 }
 
 impl Source {
+    /// The chapter in which an item came in, by its doc comment.
+    fn since(&self, item: &Item) -> Option<String> {
+        let lines = self.text.lines().skip(item.first_line - 1).map(str::trim_start);
+        let doc: Vec<_> = lines.map_while(|line| line.strip_prefix("///")).collect();
+        let doc = doc.concat();
+        doc.split_once("(since ").and_then(|(_, since)| since.get(..3)).map(str::to_owned)
+    }
+
     /// The text of an item with its doc comment, without indentation.
     fn excerpt(&self, path: &str) -> anyhow::Result<String> {
         let mut found = self.items.iter().filter(|item| item.path == path);
