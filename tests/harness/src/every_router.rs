@@ -193,6 +193,10 @@ pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &[&str]) {
         read_to_end(&stream);
     });
     assert_one_line(&at(bad), "message length -1");
+    // The hooks of later clients print too.
+    let no_space = [&["sh", "-c", "exec \"$0\" \"$@\" >/dev/full"], client].concat();
+    let server = Server::start(chapter.exe);
+    assert_one_line(&run_client(&no_space, &server.addr().to_string()), "cannot print");
     let full = Server::start_with(chapter.exe, &["--max-conns", "1"]);
     let _only = served(full.addr());
     wait_until("it is refused", || at(full.addr()).status.code() == Some(1));
