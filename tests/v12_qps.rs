@@ -4,7 +4,7 @@
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{self, Command, Output, Stdio};
@@ -271,6 +271,31 @@ fn a_missing_reply_is_one_clear_line_after_the_figures() {
         assert!(stdout.starts_with("replies     1\n"), "{stdout}");
         assert_eq!(fs::read_to_string(&file.0).unwrap(), "");
     }
+}
+
+#[test]
+fn a_reply_that_comes_more_than_a_second_after_the_end_is_missing() {
+    let (addr, _server) = serve(|stream| {
+        let request = next_frame(&stream).unwrap();
+        thread::sleep(10 * STALL);
+        let _ = (&stream).write_all(&request);
+        let _ = (&stream).read_to_end(&mut Vec::new());
+    });
+    let output = run_command(&mut qps(addr, "--connections 1 --duration 0.1"));
+    assert_fails(&output, "error: 1 replies are missing a second after the end");
+}
+
+/// It is opened once: a FIFO has no reader after the first time.
+#[test]
+fn the_figures_may_go_into_a_fifo() {
+    let (server, fifo) = (Server::start(EXE), TempFile::new("fifo"));
+    assert!(Command::new("mkfifo").arg(fifo.path()).status().unwrap().success());
+    let path = fifo.0.clone();
+    let reader = thread::spawn(|| fs::read_to_string(path).unwrap());
+    let options = format!("--duration 0.1 --json {}", fifo.path());
+    let output = run_command(&mut qps(server.addr(), &options));
+    assert_eq!(output.status.code(), Some(0));
+    assert!(reader.join().unwrap().starts_with("{\"replies\": "));
 }
 
 #[test]

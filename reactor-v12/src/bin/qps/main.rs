@@ -2,12 +2,12 @@
 
 mod load;
 
-use std::fs;
+use std::fs::File;
 use std::io::{self, IsTerminal, Write};
 use std::mem;
 use std::net::{SocketAddr, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -72,8 +72,9 @@ struct Args {
 fn main() -> ExitCode {
     cli::run(|mut args: Args| {
         args.threads = args.threads.min(u16::try_from(args.connections).unwrap_or(u16::MAX));
-        // The figures of an earlier run must not survive a failure.
-        write_json(&args, "")?;
+        // Emptied now: the figures of an earlier run must not survive a failure.
+        let open = |path: &PathBuf| File::create(path).with_context(|| cannot_write(path));
+        let json = args.json.as_ref().map(open).transpose()?;
         let Figures { latency, missing, elapsed } = measure(&args)?;
         let (replies, throughput) = (latency.len(), latency.len() as f64 / elapsed.as_secs_f64());
         let micros = [0.5, 0.99, 0.999, 1.0].map(|q| latency.value_at_quantile(q) as f64 / 1000.0);
@@ -86,19 +87,18 @@ fn main() -> ExitCode {
         )
         .context("cannot print")?;
         ensure!(missing == 0, "{missing} replies are missing a second after the end");
-        write_json(
-            &args,
-            &format!(
-                "{{\"replies\": {replies}, \"throughput_per_s\": {throughput:.1}, \"latency_us\": \
-                 {{\"p50\": {p50:.1}, \"p99\": {p99:.1}, \"p99_9\": {p99_9:.1}, \"max\": {max:.1}}}}}\n"
-            ),
+        let (Some(mut file), Some(path)) = (json, &args.json) else { return Ok(()) };
+        writeln!(
+            file,
+            "{{\"replies\": {replies}, \"throughput_per_s\": {throughput:.1}, \"latency_us\": {{\"p50\": \
+             {p50:.1}, \"p99\": {p99:.1}, \"p99_9\": {p99_9:.1}, \"max\": {max:.1}}}}}"
         )
+        .with_context(|| cannot_write(path))
     })
 }
 
-fn write_json(args: &Args, text: &str) -> Result<()> {
-    let Some(path) = &args.json else { return Ok(()) };
-    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+fn cannot_write(path: &Path) -> String {
+    format!("cannot write {}", path.display())
 }
 
 /// The state of the main thread's loop, while the others measure.
