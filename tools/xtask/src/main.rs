@@ -4,6 +4,7 @@ mod answers;
 mod blocks;
 mod chart;
 mod console;
+mod curve;
 mod mentions;
 mod pages;
 mod phrases;
@@ -17,6 +18,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
+use bench::latency::Latency;
 use bench::report::Report;
 use clap::{Parser, Subcommand};
 
@@ -80,6 +82,7 @@ fn run(task: Task) -> anyhow::Result<()> {
 
 fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
     const FIGURES: &str = "tools/bench/figures.json";
+    const LATENCY: &str = "tools/bench/latency.json";
     let sources = Sources::read(workspace)?;
     let report = Report::from_json(&workspace.read(FIGURES)?).context(FIGURES)?;
     // The pages and diagrams as they should be.
@@ -99,6 +102,11 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
         for (table, name) in blocks::charts(&page) {
             let table = report.table(table).with_context(|| format!("no table {table:?}"))?;
             let svg = chart::draw(picture::id(name), &table).with_context(|| name.to_owned())?;
+            files.insert(beside(path, name)?, svg);
+        }
+        for name in blocks::curves(&page) {
+            let latency = Latency::from_json(&workspace.read(LATENCY)?).context(LATENCY)?;
+            let svg = curve::draw(picture::id(name), &latency).context(LATENCY)?;
             files.insert(beside(path, name)?, svg);
         }
         files.insert(path.to_owned(), page);
