@@ -13,8 +13,8 @@ use crate::picture;
 const WIDTH: i32 = 420;
 const HEIGHT: i32 = 372;
 /// Where the plot is. The labels are on its right.
-const LEFT: f64 = 54.0;
-const RIGHT: f64 = 306.0;
+const LEFT: f64 = 58.0;
+const RIGHT: f64 = 298.0;
 const TOP: f64 = 62.0;
 const BOTTOM: f64 = 298.0;
 const LABEL_STEP: f64 = 16.0;
@@ -105,7 +105,7 @@ pub fn draw(id: &str, figures: &Latency) -> anyhow::Result<String> {
             let (dash, width) = if *open { ("none", 2) } else { ("4 3", 1) };
             writeln!(
                 svg,
-                "    <path style=\"fill: none; stroke: currentColor; stroke-width: {width}; \
+                "    <path style=\"fill: none; stroke: currentColor; stroke-width: {width}; stroke-linejoin: round; \
                  stroke-dasharray: {dash}\" d=\"M{}\"/>",
                 path.join("L")
             )?;
@@ -135,4 +135,32 @@ pub fn draw(id: &str, figures: &Latency) -> anyhow::Result<String> {
         label += LABEL_STEP;
     }
     Ok(svg + "</svg>\n")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_server_has_two_curves_and_a_label() {
+        let json = r#"{"rounds": 1, "seconds": 1.0, "machine": {"processor": "P <1>", "processors": 2,
+            "kernel": "K", "congestion_control": "C", "rustc": "R", "commit": "C"}, "lines": [
+            {"server": "a", "open": false, "points": [{"rate": 1e6, "p99_us": 10.0}]},
+            {"server": "a", "open": true, "points": [{"rate": 1e6, "p99_us": 1e3}, {"rate": 2e6, "p99_us": 1e5}]},
+            {"server": "b", "open": true, "points": [{"rate": 2e6, "p99_us": 1e5}]}]}"#;
+        let svg = draw("a", &Latency::from_json(json).unwrap()).unwrap();
+        // From 58 to 298 for the highest rate, and from 298 to 62 for 10 µs to 100 ms.
+        assert!(
+            svg.contains("M178.0 298.0\"") && svg.contains("M178.0 180.0L298.0 62.0\""),
+            "{svg}"
+        );
+        for label in ["y=\"66.0\">a<", "y=\"82.0\">b<", ">100 µs<", ">100 ms<", ">1.5<", "P &lt;1>"]
+        {
+            assert_eq!(svg.matches(label).count(), 1, "{label} in {svg}");
+        }
+        let none = json.split("\"lines\"").next().unwrap().to_owned() + "\"lines\": []}";
+        let err = draw("a", &Latency::from_json(&none).unwrap()).unwrap_err();
+        assert!(err.to_string().contains("no figures"));
+    }
 }
