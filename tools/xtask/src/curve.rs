@@ -38,8 +38,8 @@ pub fn draw(id: &str, figures: &Latency) -> anyhow::Result<String> {
     let mut svg = picture::start(
         id,
         "The 99th percentile of the latency against the throughput",
-        "Two curves for each server. The closed loop's stay flat and end where the server can do no more. \
-         The open loop's begin flat, and go up steeply there.",
+        "Two curves for each server: an open loop with a rising rate, and a closed loop with more and more \
+         unanswered requests.",
         WIDTH,
         HEIGHT,
     );
