@@ -68,6 +68,21 @@ fn what_the_close_hook_sends_arrives() {
     assert_eq!(read_to_end(&client), frame(102, b"goodbye"));
 }
 
+#[test]
+fn a_close_hook_that_fails_costs_neither_replies_nor_other_clients() {
+    let mut hooks = Hooks::new();
+    hooks.set_conn_close(Box::new(|_| anyhow::bail!("not like this")));
+    let addr = start(echo(), hooks);
+    let [ends, resets, stays] = [(); 3].map(|()| harness::connect(addr));
+    write(&ends, &frame(1, b"last words"));
+    ends.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(read_to_end(&ends), frame(1, b"last words"));
+    assert_echo(&resets, &frame(1, b"hello"));
+    harness::reset(resets);
+    assert_echo(&stays, &frame(1, b"hello"));
+    assert_echo(&harness::connect(addr), &frame(1, b"hello"));
+}
+
 /// The replies before it arrive; the messages after it are not handled.
 #[test]
 fn a_callback_can_close_the_connection_or_fail() {

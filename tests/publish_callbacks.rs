@@ -192,6 +192,24 @@ fn new_clients_are_handed_over_while_messages_wait() {
     }
 }
 
+/// An echo waits for a number of messages that is the smaller the more clients each goes to.
+#[test]
+fn the_more_clients_get_a_message_the_fewer_are_sent_before_an_echo() {
+    const CLIENTS: usize = 100;
+    let server = Blocked::new(&[], Hooks::new(), publishing());
+    let clients: Vec<_> = (0..CLIENTS).map(|_| server.clients()).collect();
+    let [beside, publisher] = &clients[0];
+    server.block();
+    write(publisher, &numbered(0..ROOM));
+    assert!(read(publisher, 16 * ROOM) == numbered(0..ROOM));
+    let echo = frame(1, &7_usize.to_le_bytes());
+    write(beside, &echo);
+    server.go_on(&numbered(0..ROOM));
+    let received = read(beside, 16 * (ROOM + 1));
+    let before = received.chunks(16).position(|message| message == echo).unwrap();
+    assert!(before <= 4096 / CLIENTS, "{before}");
+}
+
 #[test]
 fn what_is_in_a_mailbox_when_the_server_stops_is_sent() {
     let server = Blocked::new(&[], Hooks::new(), publishing());

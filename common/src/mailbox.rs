@@ -15,7 +15,7 @@ use crate::event_loop::{Callbacks, EventLoop, Interest, IoCallback, Token};
 /// How many letters fit a mailbox (since v08). More of them would only wait longer.
 pub const CAPACITY: usize = 1024;
 
-/// How many letters the loop takes per event, so that its fds get their turn.
+/// How many letters the loop takes per event, or fewer, so that its fds get their turn.
 const LETTERS_PER_EVENT: usize = 64;
 
 /// The sending end (since v08), for letters `M` and, since v09, notices `N`. Clones lead to the same
@@ -30,6 +30,8 @@ pub struct Inbox<M, N = ()> {
     letters: Receiver<M>,
     shared: Arc<Shared<N>>,
     token: Token,
+    /// How many letters are taken per event.
+    limit: usize,
 }
 
 struct Shared<N> {
@@ -56,7 +58,8 @@ pub fn mailbox<M, N>() -> io::Result<(Mailbox<M, N>, Inbox<M, N>)> {
     let (notice, stopped, queued) = Default::default();
     let shared = Arc::new(Shared { bell: Bell::new()?, notice, stopped, queued });
     let (sender, receiver) = sync_channel(CAPACITY);
-    let inbox = Inbox { letters: receiver, shared: Arc::clone(&shared), token: Token::default() };
+    let (token, limit) = (Token::default(), LETTERS_PER_EVENT);
+    let inbox = Inbox { letters: receiver, shared: Arc::clone(&shared), token, limit };
     Ok((Mailbox { letters: sender, shared }, inbox))
 }
 
@@ -177,6 +180,11 @@ impl<M, N> Inbox<M, N> {
         event_loop.del_io_event(&self.shared.bell, self.token)
     }
 
+    /// Sets how many letters are taken per event, from 1 to 64: the more each costs, the fewer (since v11).
+    pub fn set_limit(&mut self, limit: usize) {
+        self.limit = limit.clamp(1, LETTERS_PER_EVENT);
+    }
+
     /// Silences the bell and takes the letters that have arrived, at most 64 of them; if there may be
     /// more, the bell rings again. Returns `None` if the loop is to stop and all letters are taken.
     ///
@@ -188,12 +196,12 @@ impl<M, N> Inbox<M, N> {
         self.shared.bell.silence()?;
         // Also before: what was posted before the stop is in the queue by now.
         let stopped = self.shared.stopped.load(Ordering::Acquire);
-        let letters: Vec<M> = self.letters.try_iter().take(LETTERS_PER_EVENT).collect();
+        let letters: Vec<M> = self.letters.try_iter().take(self.limit).collect();
         self.shared.queued.fetch_sub(letters.len(), Ordering::Relaxed);
         if stopped && letters.is_empty() {
             return Ok(None);
         }
-        if stopped || letters.len() == LETTERS_PER_EVENT {
+        if stopped || letters.len() == self.limit {
             self.shared.bell.ring();
         }
         Ok(Some(letters))

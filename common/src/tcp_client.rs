@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::{mem, vec};
 
 use anyhow::{Context, Error, Result, anyhow, ensure};
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::buf_pool::BufPool;
 use crate::cli::Addr;
@@ -138,8 +138,9 @@ impl TcpClient {
             Err(err) => Error::from(err),
         };
         if let Some(mut conn) = self.conn.take() {
+            // A failure is one line, and what came first is the reason.
             if let Err(err) = self.on_close(&mut conn) {
-                warn!("{}: at its end: {err:#}", conn.peer);
+                debug!("{}: at its end: {err:#}", conn.peer);
             }
             event_loop.del_io_event(&conn.stream, conn.token)?;
         }

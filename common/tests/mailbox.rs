@@ -81,6 +81,20 @@ fn a_full_mailbox_gives_the_letter_back_and_a_stop_gets_past_it() {
 
 /// A place that is not used, or whose letter comes back, is given back.
 #[test]
+fn a_limit_makes_batches_smaller_but_none_empty() {
+    for (limit, batch) in [(0, 1), (1, 1), (10, 10), (64, 64), (1000, 64)] {
+        let (mailbox, inbox) = mailbox().unwrap();
+        let (mut event_loop, mut state) = with_loop(inbox);
+        state.inbox.set_limit(limit);
+        (0..100).for_each(|n| assert!(mailbox.post(n).is_ok()));
+        mailbox.stop();
+        event_loop.event_process(&mut state).unwrap();
+        let all: Vec<_> = (0..100).collect();
+        assert_eq!((state.batches, state.letters), (100_usize.div_ceil(batch), all));
+    }
+}
+
+#[test]
 fn a_reserved_place_is_taken_until_it_is_used_or_dropped() {
     let (mailbox, inbox) = mailbox().unwrap();
     let (mut event_loop, mut state) = with_loop(inbox);

@@ -1,11 +1,12 @@
-//! What a connection sends of its own accord, while its peer does not read.
+//! What a connection sends of its own accord, while its peer does not read; and what counts as activity.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot be set up has failed")]
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::ops::ControlFlow;
 use std::thread;
+use std::time::Duration;
 
 use common::buf_pool::BufPool;
 use common::event_loop::{Callbacks, EventLoop};
@@ -63,4 +64,23 @@ fn a_slow_consumer_fails_above_the_high_water_mark() {
     assert_eq!(err.unwrap().to_string(), "it reads too slowly");
     let unsent = conn.output.len();
     assert!(unsent > HIGH_WATER && unsent <= HIGH_WATER + 10_008, "{unsent}");
+}
+
+/// Each by itself: a message without a reply, and output for a peer that sends nothing.
+#[test]
+fn a_message_and_output_are_activity_but_half_a_message_is_not() {
+    let mut event_loop = EventLoop::new().unwrap();
+    let (mut conn, mut peer) = connection(&mut event_loop);
+    let message = frame(2, b"hello");
+    let mut before = conn.last_active();
+    for (part, is_activity) in [(&message[..9], false), (&message[9..], true)] {
+        peer.write_all(part).unwrap();
+        event_loop.poll_once(&mut (), Some(LIMIT)).unwrap();
+        assert!(conn.do_read(&mut event_loop, |_, _, _| Ok(())).unwrap().is_continue());
+        assert_eq!(conn.last_active() > before, is_activity);
+        before = conn.last_active();
+    }
+    event_loop.poll_once(&mut (), Some(Duration::ZERO)).unwrap();
+    assert!(conn.do_send(&mut event_loop, b"news", 3).unwrap().is_continue());
+    assert!(conn.last_active() > before);
 }

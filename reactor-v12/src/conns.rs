@@ -58,6 +58,10 @@ impl Conns {
         Ok(self.sweep.set_timeouts(event_loop, timeouts, timer_callback)?)
     }
 
+    pub fn count(&self) -> usize {
+        self.clients.len()
+    }
+
     /// Step 4: registers the connection, for reading at first.
     pub fn add_conn(
         &mut self,

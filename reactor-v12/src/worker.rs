@@ -16,6 +16,9 @@ use tracing::{debug, info, trace};
 use crate::conns::{Conns, Service, publish_callback};
 use crate::tcp_server::GRACE;
 
+/// About how many messages tasks send per event, so that the other fds get their turn.
+const SENDS_PER_EVENT: usize = 4096;
+
 /// The state of a worker's loop.
 pub struct Worker {
     inbox: Inbox<Task<Self>, Arc<Service>>,
@@ -36,6 +39,8 @@ impl Worker {
     /// Step 3: clients, tasks or new settings have arrived in the mailbox, or it is time to stop.
     fn inbox_callback(&mut self, event_loop: &mut EventLoop<Self>, _: Token) -> Result<()> {
         trace!("inbox_callback");
+        // A task sends to each client.
+        self.inbox.set_limit(SENDS_PER_EVENT / (self.conns.count() + 1));
         let letters = self.inbox.take()?;
         if let Some(service) = self.inbox.take_notice() {
             self.conns.set_service(event_loop, service)?;

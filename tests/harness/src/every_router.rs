@@ -13,8 +13,8 @@ use nix::unistd::pipe;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, assert_echo, frame, read, read_to_end, reset, run_client, served,
-    wait_until, write,
+    LIMIT, QUIET, Server, Signal, frame, read, read_to_end, reset, run_client, served, wait_until,
+    write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -93,13 +93,16 @@ pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
         assert_echo_after(&client, &frame(id, b"what is this?"));
     }
     assert_echo_after(&client, &frame(77_777, b"?").repeat(100_000));
-    assert_echo(&other, &frame(1, b"served"));
+    assert_echo_after(&other, &frame(77_777, b"served"));
     server.wait_for_log(&format!("{peer}: no callback for message id 0"));
     client.shutdown(Shutdown::Write).unwrap();
     assert_eq!(read_to_end(&client), b"");
     server.wait_for_log(&format!("{peer}: messages skipped: 100004"));
     let lines = server.log().lines().filter(|line| line.contains(&peer.to_string())).count();
     assert_eq!(lines, 2, "{}", server.log());
+    let peer = other.local_addr().unwrap();
+    reset(other);
+    server.wait_for_log(&format!("{peer}: messages skipped: 1"));
 }
 
 /// It is full, and then closed.
@@ -193,6 +196,10 @@ pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &[&str]) {
         read_to_end(&stream);
     });
     assert_one_line(&at(bad), "message length -1");
+    // The hooks of later clients print too.
+    let no_space = [&["sh", "-c", "exec \"$0\" \"$@\" >/dev/full"], client].concat();
+    let server = Server::start(chapter.exe);
+    assert_one_line(&run_client(&no_space, &server.addr().to_string()), "cannot print");
     let full = Server::start_with(chapter.exe, &["--max-conns", "1"]);
     let _only = served(full.addr());
     wait_until("it is refused", || at(full.addr()).status.code() == Some(1));

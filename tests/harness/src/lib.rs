@@ -141,7 +141,7 @@ impl Process {
 
     /// Its process id.
     pub fn pid(&self) -> Pid {
-        Pid::from_raw(self.child.id().try_into().expect("a pid fits an i32"))
+        pid(&self.child)
     }
 
     /// Sends it a signal.
@@ -677,14 +677,32 @@ pub fn run_command(command: &mut Command) -> Output {
 /// Runs `command` with `stdin` as its standard input, and waits for it to end.
 #[track_caller]
 pub fn run_with_input(command: &mut Command, stdin: impl Into<Stdio>) -> Output {
-    let child = command
-        .env_remove("RUST_LOG")
-        .stdin(stdin)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    let pid = Pid::from_raw(child.id().try_into().unwrap());
+    output(start(command, stdin))
+}
+
+/// Runs `command` with an empty standard input until `happened` returns, and ends it by SIGTERM.
+#[track_caller]
+pub fn run_until(command: &mut Command, happened: impl FnOnce()) -> Output {
+    let child = start(command, Stdio::null());
+    happened();
+    signal::kill(pid(&child), Signal::SIGTERM).expect("it has not been waited for");
+    output(child)
+}
+
+#[track_caller]
+fn start(command: &mut Command, stdin: impl Into<Stdio>) -> Child {
+    let command = command.env_remove("RUST_LOG").stdin(stdin);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary starts")
+}
+
+fn pid(child: &Child) -> Pid {
+    Pid::from_raw(child.id().try_into().expect("a pid fits an i32"))
+}
+
+/// What it writes until it has ended.
+#[track_caller]
+fn output(child: Child) -> Output {
+    let pid = pid(&child);
     let (done, ended) = mpsc::channel::<()>();
     let watchdog = thread::spawn(move || {
         if ended.recv_timeout(LIMIT).is_err() {

@@ -6,6 +6,7 @@
 pub mod accept;
 pub mod calls;
 pub mod idle;
+pub mod latency;
 pub mod load;
 pub mod report;
 pub mod target;

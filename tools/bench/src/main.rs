@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use bench::latency::Latency;
 use bench::load::{self, Scenario};
 use bench::report::{Accept, Calls, Idle, Load, Machine, Report, TABLES};
 use bench::target::{self, Server, Target};
@@ -54,6 +55,10 @@ struct Args {
     /// Also write all figures to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Instead of all that, measure latency against load, with reactor-v12-qps, and write it to this file;
+    /// with --rounds 3 --seconds 1 this takes three minutes
+    #[arg(long, value_name = "FILE", conflicts_with = "json")]
+    latency: Option<PathBuf>,
 }
 
 /// The scenarios for which system calls are counted.
@@ -80,6 +85,20 @@ fn main() -> anyhow::Result<()> {
     if args.quick {
         (args.rounds, args.seconds) = (1, Duration::from_millis(500));
     }
+    // Before a new file is created, which would make the work tree dirty.
+    let machine = Machine::this_one();
+    if let Some(path) = args.json.as_ref().or(args.latency.as_ref()) {
+        // Fails now rather than after ten minutes. The old contents stay until the run is over.
+        let file = fs::OpenOptions::new().append(true).create(true).open(path);
+        file.with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left: {msg}")?;
+    let progress = ProgressBar::new(0).with_style(style);
+    if let Some(path) = &args.latency {
+        let latency = Latency::run(machine, args.rounds, args.seconds, &progress)?;
+        return fs::write(path, latency.to_json()?)
+            .with_context(|| format!("cannot write {}", path.display()));
+    }
     if args.servers.is_empty() {
         args.servers = Server::all()?;
     }
@@ -98,13 +117,6 @@ fn main() -> anyhow::Result<()> {
         let name = &first.name;
         ensure!(can_serve(first, scenario), "ratios are to {name}, which cannot serve {scenario}");
     }
-    // Before a new file is created, which would make the work tree dirty.
-    let machine = Machine::this_one();
-    if let Some(path) = &args.json {
-        // Fails now rather than after ten minutes. The old contents stay until the run is over.
-        let file = fs::OpenOptions::new().append(true).create(true).open(path);
-        file.with_context(|| format!("cannot write {}", path.display()))?;
-    }
     let (server_cpu, load_cpu) = target::processors()?;
     target::pin(Pid::from_raw(0), load_cpu)?;
     let count = !args.no_calls && calls::can_count();
@@ -112,11 +124,10 @@ fn main() -> anyhow::Result<()> {
         eprintln!("not counting system calls: strace is not installed or not permitted");
     }
 
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left: {msg}")?;
     let mut bench = Bench {
         duration: args.seconds,
         server_cpu,
-        progress: ProgressBar::new(0).with_style(style),
+        progress,
         report: Report {
             machine,
             rounds: args.rounds.into(),

@@ -403,7 +403,7 @@ fn bytes_of(scenario: &str) -> f64 {
 }
 
 /// The middle value, or the mean of the two middle ones.
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+pub(crate) fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     let upper = *values.get(values.len() / 2)?;

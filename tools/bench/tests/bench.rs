@@ -6,6 +6,7 @@
 use std::fs;
 use std::process::Command;
 
+use bench::latency::Latency;
 use bench::report::Report;
 use bench::target::Server;
 
@@ -43,6 +44,32 @@ fn every_peer_can_be_measured() {
     let printed = String::from_utf8(output.stdout).unwrap();
     for name in ["cpu", "rate", "latency", "fairness", "udp", "accept", "idle"] {
         assert!(printed.contains(&report.table(name).unwrap()), "{name} in {printed}");
+    }
+}
+
+#[test]
+fn both_loops_are_measured_for_every_server() {
+    let packages = ["-p=bench", "-p=reactor-v07", "-p=reactor-v08", "-p=reactor-v12"];
+    let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+    let build = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--bins", "--profile", profile])
+        .args(packages)
+        .status();
+    assert!(build.unwrap().success());
+    let json = std::env::temp_dir().join(format!("bench-latency-{}.json", std::process::id()));
+    let args = ["--rounds", "1", "--seconds", "0.02", "--latency"];
+    let output = bench().args(args).arg(&json).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let latency = Latency::from_json(&fs::read_to_string(&json).unwrap()).unwrap();
+    fs::remove_file(&json).unwrap();
+    assert_eq!(latency.lines.len(), 8);
+    for pair in latency.lines.chunks(2) {
+        assert!(pair[0].server == pair[1].server && !pair[0].open && pair[1].open);
+        // A busy machine may miss replies at the end, but not under every load.
+        assert!(pair.iter().all(|line| !line.points.is_empty()), "{}", pair[0].server);
+        assert!(
+            pair.iter().flat_map(|line| &line.points).all(|it| it.rate > 0.0 && it.p99_us > 0.0)
+        );
     }
 }
 

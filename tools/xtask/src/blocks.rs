@@ -55,6 +55,8 @@ fn tables(
                         let next = &page[range.start + html.len()..];
                         ensure!(next.starts_with("```"), "line {line}: no block follows");
                     }
+                    // A picture, and no table.
+                    ("latency", image) if image.ends_with(".svg") => {}
                     (kind, args) if kind == "figures" || kind.starts_with("reading") => {
                         ensure!(start.is_none(), "line {line}: a table before the end of another");
                         let table = match kind {
@@ -120,6 +122,11 @@ fn reading(kind: &str, files: &str, sources: &Sources) -> anyhow::Result<String>
 pub fn charts(page: &str) -> impl Iterator<Item = (&str, &str)> {
     let comments = page.lines().filter_map(|line| line.strip_prefix("<!-- figures: "));
     comments.filter_map(|comment| comment.strip_suffix(" -->")?.split_once(", "))
+}
+
+/// The pictures that latency against load is drawn in.
+pub fn curves(page: &str) -> impl Iterator<Item = &str> {
+    page.lines().filter_map(|line| line.strip_prefix("<!-- latency: ")?.strip_suffix(" -->"))
 }
 
 /// What should be in a block, unless that is up to its page.

@@ -4,6 +4,7 @@ mod answers;
 mod blocks;
 mod chart;
 mod console;
+mod curve;
 mod mentions;
 mod pages;
 mod phrases;
@@ -17,6 +18,7 @@ use std::fs;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
+use bench::latency::Latency;
 use bench::report::Report;
 use clap::{Parser, Subcommand};
 
@@ -80,6 +82,7 @@ fn run(task: Task) -> anyhow::Result<()> {
 
 fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
     const FIGURES: &str = "tools/bench/figures.json";
+    const LATENCY: &str = "tools/bench/latency.json";
     let sources = Sources::read(workspace)?;
     let report = Report::from_json(&workspace.read(FIGURES)?).context(FIGURES)?;
     // The pages and diagrams as they should be.
@@ -99,6 +102,11 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
         for (table, name) in blocks::charts(&page) {
             let table = report.table(table).with_context(|| format!("no table {table:?}"))?;
             let svg = chart::draw(picture::id(name), &table).with_context(|| name.to_owned())?;
+            files.insert(beside(path, name)?, svg);
+        }
+        for name in blocks::curves(&page) {
+            let latency = Latency::from_json(&workspace.read(LATENCY)?).context(LATENCY)?;
+            let svg = curve::draw(picture::id(name), &latency).context(LATENCY)?;
             files.insert(beside(path, name)?, svg);
         }
         files.insert(path.to_owned(), page);
@@ -172,6 +180,7 @@ mod tests {
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
         <!-- figures: cpu, bars.svg -->\n\n<!-- end of figures -->\n\n![b](bars.svg)\n\n\
+        <!-- latency: curves.svg -->\n\n![c](curves.svg)\n\n\
         <!-- reading, at most 5 by v01: common/src/lib.rs -->\n\n<!-- end of reading -->\n\n\
         ## Exercises\n";
 
@@ -184,6 +193,10 @@ mod tests {
         "idle": [], "calls": [], "machine": {"processor": "P", "processors": 2,
         "kernel": "K", "congestion_control": "C", "rustc": "R", "commit": "C"},
         "accepts": [{"server": "floor", "round": 0, "rate": 1234.5, "cpu_ns": 20000}]}"#;
+
+    const LATENCY: &str = r#"{"rounds": 1, "seconds": 1.0, "machine": {"processor": "P", "processors": 2,
+        "kernel": "K", "congestion_control": "C", "rustc": "R", "commit": "C"}, "lines": [
+        {"server": "peer", "open": true, "points": [{"rate": 1000, "p99_us": 20}]}]}"#;
 
     fn check(root: &Path, check: bool) -> anyhow::Result<()> {
         docs(&Workspace::at(root)?, check)
@@ -201,6 +214,7 @@ mod tests {
             ("reactor-v01/src/main.rs", ""),
             ("reactor-v02/src/main.rs", ""),
             ("tools/bench/figures.json", FIGURES),
+            ("tools/bench/latency.json", LATENCY),
             ("docs/names.txt", "epoll_wait # a call\n"),
             ("docs/phrases.txt", "# Phrases\nqu+x (a|the) way # how\n"),
             ("docs/src/answers/v01-1.patch", ""),
@@ -239,6 +253,8 @@ mod tests {
             ("docs/src/drawn.svg", " id=\"drawn\"", "", "docs/src/drawn.svg: it has no id"),
             ("common/src/lib.rs", "Doc", "Docs", stale),
             ("tools/bench/figures.json", "1234.5", "1240.5", stale),
+            ("tools/bench/latency.json", ": 20", ": 30", "out of date: docs/src/curves.svg;"),
+            ("tools/bench/latency.json", "1000", "0", "there are no figures in it"),
             // Blocks and comments.
             (page, "lib.rs, A -->", "gone.rs, A -->", "no source common/src/gone.rs"),
             (page, "lib.rs, A -->", "lib.rs, B -->", "no item B"),
