@@ -105,6 +105,7 @@ impl Runtime {
     /// Starts a task. If it panics, the others go on.
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         let number = self.spawned.replace(self.spawned.get() + 1);
+        trace!("spawn: task {number}, {} bytes", size_of_val(&future));
         self.tasks.borrow_mut().insert(number, Some(Box::pin(future)));
         self.wake(number);
     }
