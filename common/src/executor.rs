@@ -72,6 +72,7 @@ struct Queue {
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
+            trace!("wake: task {}", self.number);
             let queue = Arc::clone(&self.queue);
             let mut queue = lock(&queue);
             queue.ready.push(self);
@@ -122,8 +123,7 @@ impl Runtime {
     pub fn run(&self) -> Result<()> {
         let (mut batch, mut woken) = (Vec::new(), Vec::new());
         loop {
-            // What is woken from here on has to wait for the fds and the timers: a task that wakes
-            // itself again and again must not keep them waiting.
+            // From here on, what is woken waits for fds and timers: a task may keep waking itself.
             mem::swap(&mut batch, &mut lock(&self.queue).ready);
             batch.drain(..).for_each(|waker| self.poll(waker));
             if self.tasks.borrow().is_empty() || !self.turn(&mut woken)? {
@@ -264,9 +264,8 @@ impl Waiting {
     }
 }
 
-/// The future of [`Async::readable`] and [`Async::writable`]: a state machine of two states, by hand
-/// (since v13). Its errors are those of epoll_ctl(2), and ResourceBusy if another task waits for the
-/// same.
+/// The future of [`Async::readable`] and [`Async::writable`]: two states, by hand (since v13). Its
+/// errors are those of epoll_ctl(2), and ResourceBusy if another task waits for the same.
 pub struct Readiness<'a, F: AsFd + 'static> {
     io: &'a Async<F>,
     side: usize,
