@@ -169,10 +169,6 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
         if events.is_empty() && !line.starts_with("epoll_wait") {
             continue;
         }
-        let mut client_does = |text: &str| {
-            events.insert(woken, arrow(CLIENT, KERNEL, text, false));
-            woken += 1;
-        };
         let is_done = line.starts_with("ready: ");
         let is_next = line.starts_with("poll: ") || line.starts_with("epoll_wait: ");
         if polling && (is_done || is_next) {
@@ -180,6 +176,10 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
             let result = if is_done { "Ready" } else { "Pending" };
             events.push(arrow(CALLBACKS, LOOP, result, true));
         }
+        let mut client_does = |text: &str| {
+            events.insert(woken, arrow(CLIENT, KERNEL, text, false));
+            woken += 1;
+        };
         if let Some(count) = line.strip_prefix("epoll_wait: ") {
             events.push(arrow(LOOP, KERNEL, "epoll_wait", false));
             woken = events.len();
