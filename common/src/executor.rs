@@ -302,7 +302,7 @@ impl<F: AsFd> Drop for Readiness<'_, F> {
 }
 
 impl Runtime {
-    /// Waits until `delay` has passed from now on; for ever, if that would overflow an [`Instant`].
+    /// Waits until `delay` has passed from now on; forever, if that would overflow an [`Instant`].
     pub fn sleep(self: &Rc<Self>, delay: Duration) -> Sleep {
         let (event_loop, waiting) = &mut *self.reactor.borrow_mut();
         let timer = event_loop.run_after(delay, Token::default(), |waiting: &mut Waiting, _, _| {
