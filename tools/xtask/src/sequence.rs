@@ -302,7 +302,8 @@ mod tests {
     #[test]
     fn a_poll_returns_pending_unless_it_is_ready() {
         let lines = ["epoll_wait: 1 ready", "fd 8 is ready: IN", "wake: task 0", "poll: task 0"];
-        let later = ["spawn: task 1, 9 bytes", "wake: task 1", "epoll_wait: 0 ready", "poll: task 1"];
+        let later =
+            ["spawn: task 1, 9 bytes", "wake: task 1", "epoll_wait: 0 ready", "poll: task 1"];
         let all = lines.iter().chain(&later).chain(&["ready: task 1"]);
         let session: String = all.map(|line| format!("TRACE {line}\n")).collect();
         let at_loop = |text: &str| Event::Note { at: LOOP, text: text.to_owned() };
