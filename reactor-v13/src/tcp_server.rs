@@ -146,7 +146,7 @@ impl Conn {
     }
 
     /// Step 3: reads messages and answers them, up to the client's last byte or a bad message.
-    pub async fn talk(&mut self) -> io::Result<()> {
+    async fn talk(&mut self) -> io::Result<()> {
         loop {
             self.stream.readable().await?;
             if self.input.read_from(self.stream.get_ref())? == Some(0) {

@@ -1,15 +1,24 @@
 //! How many bytes a task of chapter 13 holds, written in two ways.
 
 use std::io;
+use std::net::{SocketAddr, TcpStream};
 
-use crate::tcp_server::Conn;
+use common::executor::Async;
+use common::reactor_buf::{InputBuf, OutputBuf};
 
-#[path = "../tcp_server.rs"]
+/// What the connection of the server has.
 #[allow(dead_code)]
-mod tcp_server;
+struct Conn {
+    stream: Async<TcpStream>,
+    peer: SocketAddr,
+    input: InputBuf,
+    output: OutputBuf,
+}
 
-fn callback_busi(conn: &mut Conn, payload: &[u8], id: i32) -> anyhow::Result<()> {
-    conn.send_message(payload, id)
+impl Conn {
+    async fn talk(&mut self) -> io::Result<()> {
+        self.stream.readable().await
+    }
 }
 
 /// The first way: a function with an argument.
