@@ -325,10 +325,10 @@ impl Runtime {
 
     /// Starts a task. The future that is returned has its output, or an error if it panicked or was
     /// dropped. The task goes on without it too.
-    pub fn spawn_join<T: 'static>(
+    pub fn spawn_join<F: Future<Output: 'static> + 'static>(
         &self,
-        future: impl Future<Output = T> + 'static,
-    ) -> impl Future<Output = Result<T>> + Unpin {
+        future: F,
+    ) -> impl Future<Output = Result<F::Output>> + Unpin + use<F> {
         let state = Rc::new((Cell::new(None), Cell::new(None)));
         let end = JoinEnd(Rc::clone(&state));
         // Boxed, because an async block holds twice what it awaits.
