@@ -443,7 +443,7 @@ impl Event {
         self.runtime.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
     }
 
-    /// Waits until it has happened. It keeps no waker, so it does not suit what has one of its own.
+    /// Waits until it has happened. It keeps no waker: to be polled whenever the task is.
     pub fn wait(&self) -> impl Future<Output = ()> + Unpin {
         poll_fn(|_| if self.has_happened.get() { Poll::Ready(()) } else { Poll::Pending })
     }
