@@ -1,8 +1,7 @@
 //! The executor: async tasks on the event loop of chapter 3 (since v13).
 //!
 //! It polls the tasks that have been woken, then gives the loop one iteration, and so on. While a task
-//! waits, its [`Waker`] is where a callback would be: with an fd or a timer. The loop's own callbacks do
-//! nothing but find out which task to wake.
+//! waits, its [`Waker`] is where a callback would be. The loop's own callbacks only find it, and wake.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
