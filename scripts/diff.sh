@@ -111,6 +111,8 @@ compare() {
 
 show() {
     local chapter file before after new=("${CHAPTERS[@]:from + 1:to - from}")
+    # If it continues that chapter, what others in between have brought is none of its own.
+    [[ $1 != "$(predecessor "$2")" ]] || new=("$2")
     for file in $(sources "$1" "$2"); do
         before=reactor-$1/src/$file after=reactor-$2/src/$file
         [[ -e $before ]] || before=/dev/null

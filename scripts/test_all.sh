@@ -523,8 +523,8 @@ check_messages() { # CHAPTER
     expect_replies 'id=1 len=3 one' 'id=1 len=9 two words' 'id=1 len=5 three'
 }
 
-check_negative_id() {
-    start_server v04
+check_negative_id() { # CHAPTER
+    start_server "$1"
     client --id -7 hi
     expect_replies 'id=-7 len=2 hi'
 }
@@ -575,7 +575,7 @@ chapter_v04() {
     server_checks v04
     program_checks v04 reactor-v04-client
     message_checks v04
-    check v04 'client: --id -7' check_negative_id
+    check v04 'client: --id -7' check_negative_id v04
     check v04 'client: no server: exit code 1' check_no_server v04 reactor-v04-client
 }
 
@@ -908,6 +908,16 @@ chapter_v12() {
     check v12 'client: --id 3: 10,000 lines' check_published_lines v12 'anonymous: '
     check v12 'client: --id 4 sets a nickname, --id 5 asks for it' check_nickname v12
     check v12 'client: --id 4: two lines are no nickname' check_bad_nickname v12
+}
+
+# ---- Chapter 13 ----------------------------------------------------------------------------------
+
+# Chapter 4 again, with the options and the client of chapter 4.
+chapter_v13() {
+    server_checks v13
+    message_checks v13
+    check v13 'client: --id -7' check_negative_id v13
+    check v13 'client: no server: exit code 1' check_no_server v13 reactor-v04-client
 }
 
 # ---- Later chapters without checks of their own --------------------------------------------------

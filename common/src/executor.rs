@@ -1,8 +1,7 @@
 //! The executor: async tasks on the event loop of chapter 3 (since v13).
 //!
 //! It polls the tasks that have been woken, then gives the loop one iteration, and so on. While a task
-//! waits, its [`Waker`] is where a callback would be: with an fd or a timer. The loop's own callbacks do
-//! nothing but find out which task to wake.
+//! waits, its [`Waker`] is where a callback would be. The loop's own callbacks only find it, and wake.
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::{Duration, Instant};
 
@@ -52,12 +51,12 @@ pub struct Waiting {
     woken: Vec<Waker>,
 }
 
-/// What is behind a [`Waker`]. Not the task: a waker may be sent to another thread, and outlive it.
+/// What is behind a [`Waker`], which may be sent to another thread, and outlive task and executor.
 struct TaskWaker {
     number: u64,
     /// Woken again while it is in the queue, a task is still polled once.
     queued: AtomicBool,
-    queue: Arc<Mutex<Queue>>,
+    queue: Weak<Mutex<Queue>>,
 }
 
 struct Queue {
@@ -72,7 +71,8 @@ struct Queue {
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         if !self.queued.swap(true, Ordering::AcqRel) {
-            let queue = Arc::clone(&self.queue);
+            trace!("wake: task {}", self.number);
+            let Some(queue) = self.queue.upgrade() else { return };
             let mut queue = lock(&queue);
             queue.ready.push(self);
             if mem::take(&mut queue.asleep) {
@@ -105,12 +105,13 @@ impl Runtime {
     /// Starts a task. If it panics, the others go on.
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         let number = self.spawned.replace(self.spawned.get() + 1);
+        trace!("spawn: task {number}, {} bytes", size_of_val(&future));
         self.tasks.borrow_mut().insert(number, Some(Box::pin(future)));
         self.wake(number);
     }
 
     fn wake(&self, number: u64) {
-        let (queued, queue) = (AtomicBool::new(false), Arc::clone(&self.queue));
+        let (queued, queue) = (AtomicBool::new(false), Arc::downgrade(&self.queue));
         Arc::new(TaskWaker { number, queued, queue }).wake();
     }
 
@@ -119,36 +120,36 @@ impl Runtime {
     /// # Errors
     /// Any error of a callback or of epoll_wait(2).
     pub fn run(&self) -> Result<()> {
-        let (mut batch, mut woken) = (Vec::new(), Vec::new());
-        loop {
-            // What is woken from here on has to wait for the fds and the timers: a task that wakes
-            // itself again and again must not keep them waiting.
+        let (mut batch, mut woken, mut ends) = (Vec::new(), Vec::new(), false);
+        while !ends {
+            // From here on, what is woken waits for fds and timers: a task may keep waking itself.
             mem::swap(&mut batch, &mut lock(&self.queue).ready);
             batch.drain(..).for_each(|waker| self.poll(waker));
-            if self.tasks.borrow().is_empty() || !self.turn(&mut woken)? {
-                return Ok(());
-            }
+            ends = self.tasks.borrow().is_empty() || !self.turn(&mut woken)?;
             woken.drain(..).for_each(Waker::wake);
         }
+        Ok(())
     }
 
     fn poll(&self, waker: Arc<TaskWaker>) {
-        // Before the poll: a wake-up during it counts.
-        waker.queued.store(false, Ordering::Release);
+        // Before the poll, so that a wake-up during it counts; a swap, to see what was done before one.
+        waker.queued.swap(false, Ordering::AcqRel);
         let (number, waker) = (waker.number, Waker::from(waker));
-        let put = |task: Option<Task>| {
-            self.tasks.borrow_mut().get_mut(&number).and_then(|slot| mem::replace(slot, task))
-        };
         // Out of the table, which the task may use to spawn others.
-        let Some(mut task) = put(None) else { return };
+        let slot = self.tasks.borrow_mut().get_mut(&number).and_then(Option::take);
+        let Some(mut task) = slot else { return };
         trace!("poll: task {number}");
         let poll = || task.as_mut().poll(&mut Context::from_waker(&waker));
-        match catch_unwind(AssertUnwindSafe(poll)) {
-            Ok(Poll::Pending) => return drop(put(Some(task))),
-            Ok(Poll::Ready(())) => trace!("ready: task {number}"),
-            Err(_) => error!("task {number} panicked"),
+        let result = catch_unwind(AssertUnwindSafe(poll)).map_err(drop);
+        // Given back before the task is dropped, which may run any code.
+        let mut tasks = self.tasks.borrow_mut();
+        match (result, tasks.get_mut(&number)) {
+            (Ok(Poll::Pending), Some(slot)) => return *slot = Some(task),
+            (Ok(Poll::Pending), None) => trace!("cleared: task {number}"),
+            (Ok(Poll::Ready(())), _) => trace!("ready: task {number}"),
+            (Err(()), _) => error!("task {number} panicked"),
         }
-        self.tasks.borrow_mut().remove(&number);
+        tasks.remove(&number);
     }
 
     /// One iteration of the loop, which waits if the queue is empty. Returns false if it was stopped.
@@ -158,12 +159,12 @@ impl Runtime {
         let limit = (!queue.asleep).then_some(Duration::ZERO);
         drop(queue);
         let (event_loop, waiting) = &mut *self.reactor.borrow_mut();
-        let n = event_loop.poll_once(waiting, limit)?;
-        self.events.set(self.events.get() + n);
+        let result = event_loop.poll_once(waiting, limit);
         let mut queue = lock(&self.queue);
         if limit.is_none() && !mem::take(&mut queue.asleep) {
             queue.bell.silence()?;
         }
+        self.events.set(self.events.get() + result?);
         mem::swap(woken, &mut waiting.woken);
         Ok(event_loop.is_running())
     }
@@ -230,13 +231,12 @@ impl Waiting {
 
     fn wake(&mut self, event_loop: &mut Loop, token: Token, side: usize) -> Result<()> {
         let Some(source) = self.sources.get(&token).map(Rc::clone) else { return Ok(()) };
-        if let Some(waker) = source.waiters.borrow_mut()[side].as_mut().and_then(Option::take) {
-            // Nothing changes for epoll: typically the task waits again before the next iteration.
-            self.woken.push(waker);
-            return Ok(());
-        }
-        // It has not: level-triggered, the same event would come again and again.
-        Ok(self.watch(event_loop, &source)?)
+        let waker = source.waiters.borrow_mut()[side].as_mut().and_then(Option::take);
+        // No task waits: level-triggered, the same event would come again and again.
+        let Some(waker) = waker else { return Ok(self.watch(event_loop, &source)?) };
+        // Nothing changes for epoll: typically the task waits again before the next iteration.
+        self.woken.push(waker);
+        Ok(())
     }
 
     /// Has `source` watched for exactly what is waited for. If that is nothing it is deregistered: errors
@@ -263,9 +263,8 @@ impl Waiting {
     }
 }
 
-/// The future of [`Async::readable`] and [`Async::writable`]: a state machine of two states, by hand
-/// (since v13). Its errors are those of epoll_ctl(2), and ResourceBusy if another task waits for the
-/// same.
+/// The future of [`Async::readable`] and [`Async::writable`]: two states, by hand (since v13). Its errors
+/// are those of epoll_ctl(2), and ResourceBusy if another task waits for the same.
 pub struct Readiness<'a, F: AsFd + 'static> {
     io: &'a Async<F>,
     side: usize,
@@ -276,15 +275,16 @@ impl<F: AsFd> Future for Readiness<'_, F> {
     type Output = io::Result<()>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.io.0.waiters.borrow_mut()[self.side] {
+        // Dropped at the end, when nothing is borrowed.
+        let _waker = match &mut self.io.0.waiters.borrow_mut()[self.side] {
             waiter @ Some(None) if self.waits => {
                 *waiter = None;
                 self.waits = false;
                 return Poll::Ready(Ok(()));
             }
             Some(_) if !self.waits => return Poll::Ready(Err(io::ErrorKind::ResourceBusy.into())),
-            waiter => *waiter = Some(Some(cx.waker().clone())),
-        }
+            waiter => waiter.replace(Some(cx.waker().clone())),
+        };
         self.waits = true;
         // What is ready already is an event too, so no wake-up is lost.
         self.io.watch()?;
@@ -296,13 +296,13 @@ impl<F: AsFd> Drop for Readiness<'_, F> {
     /// Nothing is lost: the bytes are in the socket.
     fn drop(&mut self) {
         if self.waits {
-            self.io.0.waiters.borrow_mut()[self.side] = None;
+            let _waker = self.io.0.waiters.borrow_mut()[self.side].take();
         }
     }
 }
 
 impl Runtime {
-    /// Waits until `delay` has passed from now on; for ever, if that would overflow an [`Instant`].
+    /// Waits until `delay` has passed from now on; forever, if that would overflow an [`Instant`].
     pub fn sleep(self: &Rc<Self>, delay: Duration) -> Sleep {
         let (event_loop, waiting) = &mut *self.reactor.borrow_mut();
         let timer = event_loop.run_after(delay, Token::default(), |waiting: &mut Waiting, _, _| {
@@ -325,10 +325,10 @@ impl Runtime {
 
     /// Starts a task. The future that is returned has its output, or an error if it panicked or was
     /// dropped. The task goes on without it too.
-    pub fn spawn_join<T: 'static>(
+    pub fn spawn_join<F: Future<Output: 'static> + 'static>(
         &self,
-        future: impl Future<Output = T> + 'static,
-    ) -> impl Future<Output = Result<T>> + Unpin {
+        future: F,
+    ) -> impl Future<Output = Result<F::Output>> + Unpin + use<F> {
         let state = Rc::new((Cell::new(None), Cell::new(None)));
         let end = JoinEnd(Rc::clone(&state));
         // Boxed, because an async block holds twice what it awaits.
@@ -443,7 +443,7 @@ impl Event {
         self.runtime.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
     }
 
-    /// Waits until it has happened.
+    /// Waits until it has happened. It keeps no waker: to be polled whenever the task is.
     pub fn wait(&self) -> impl Future<Output = ()> + Unpin {
         poll_fn(|_| if self.has_happened.get() { Poll::Ready(()) } else { Poll::Pending })
     }

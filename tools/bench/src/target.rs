@@ -49,13 +49,14 @@ impl Server {
     }
 
     /// Chapter 5 and later limit the number of clients, which no peer does. Chapter 8 and later have
-    /// several threads, of which the processor that they are pinned to could only run one.
+    /// several threads, of which the processor that they are pinned to could only run one. Chapter 13 is
+    /// chapter 4 again.
     fn args(&self) -> &[&str] {
         const ARGS: [&str; 6] =
             ["--addr", "127.0.0.1:0", "--max-conns", "1000000", "--threads", "1"];
         match self.name.strip_prefix("reactor-") {
             None => &[],
-            Some(chapter) if chapter < "v05" => &ARGS[..2],
+            Some(chapter) if chapter < "v05" || chapter == "v13" => &ARGS[..2],
             Some(chapter) if chapter < "v08" => &ARGS[..4],
             Some(_) => &ARGS,
         }

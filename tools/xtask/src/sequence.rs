@@ -28,8 +28,8 @@ enum Event {
     Arrow { from: i32, to: i32, text: String, returns: bool },
     /// `epoll_wait` returns, at once if it has waited only for room that was there anyway.
     Ready { count: String, at_once: bool },
-    /// Something that the callbacks detect.
-    Note(String),
+    /// Something that the callbacks detect, or the executor between them: at one of the lines.
+    Note { at: i32, text: String },
 }
 
 impl Event {
@@ -45,17 +45,26 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
         lifeline. Time runs downwards. The arrows are the lines of the trace, in their order. Bars on the \
         lifeline of the EventLoop mark where it is in epoll_wait: it waits there, unless the socket it asks about \
         has room anyway.";
+    const ASYNC_DESC: &str = "From left to right the client, the kernel, the Runtime, which has the EventLoop \
+        inside, and the tasks, each with a lifeline. Time runs downwards. The arrows are the lines of the trace, in \
+        their order, and a poll that is not followed by ready returns Pending. Bars on the lifeline of the Runtime \
+        mark where it is in epoll_wait: it waits there, unless a task is to be polled.";
+    let (event_loop, callbacks, desc) = if session.contains(" TRACE poll: task ") {
+        ("Runtime", "tasks", ASYNC_DESC)
+    } else {
+        ("EventLoop", "callbacks", DESC)
+    };
     let events = events(session, bytes);
     ensure!(!events.is_empty(), "there is no trace in it");
     let steps = i32::try_from(events.len()).context("a short trace")?;
     let lines = events.iter().filter(|event| event.is_of_two_lines()).count();
     let height = TOP + STEP * steps + LINE * i32::try_from(lines)? + 44;
-    let mut svg = picture::start(id, TITLE, DESC, WIDTH, height);
+    let mut svg = picture::start(id, TITLE, desc, WIDTH, height);
     for (at, name, class) in [
         (CLIENT, "client", "client"),
         (KERNEL, "kernel", "kernel"),
-        (LOOP, "EventLoop", "loop"),
-        (CALLBACKS, "callbacks", "code"),
+        (LOOP, event_loop, "loop"),
+        (CALLBACKS, callbacks, "code"),
     ] {
         writeln!(
             svg,
@@ -88,8 +97,8 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
                     drawn(KERNEL, LOOP, y, count, true)
                 )?;
             }
-            Event::Note(text) => {
-                writeln!(svg, "  {}", label("mid ", CALLBACKS - 40, y + 2, text))?;
+            Event::Note { at, text } => {
+                writeln!(svg, "  {}", label("mid ", *at, y + 2, text))?;
             }
         }
         y += STEP + if event.is_of_two_lines() { LINE } else { 0 };
@@ -136,6 +145,11 @@ fn arrow(from: i32, to: i32, text: &str, returns: bool) -> Event {
     Event::Arrow { from, to, text: text.to_owned(), returns }
 }
 
+/// Something that the callbacks detect.
+fn note(text: &str) -> Event {
+    Event::Note { at: CALLBACKS - 40, text: text.to_owned() }
+}
+
 fn events(session: &str, bytes: &str) -> Vec<Event> {
     let mut events: Vec<Event> = Vec::new();
     // Drawn with the next line, which says what is called.
@@ -145,6 +159,8 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
     // A socket that a callback watches for room without having tried to write, which nearly always has room;
     // and the one for the current wait.
     let (mut untried, mut waited_for) = ("", "");
+    // How many tasks are to be polled, and whether one is being polled.
+    let (mut queued, mut polling) = (0, false);
     // How a server starts and stops is not drawn.
     for line in session.lines().take_while(|line| *line != "^C") {
         let Some((_, line)) = line.split_once("TRACE ").or(line.split_once("DEBUG ")) else {
@@ -152,6 +168,13 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
         };
         if events.is_empty() && !line.starts_with("epoll_wait") {
             continue;
+        }
+        let is_done = line.starts_with("ready: ");
+        let is_next = line.starts_with("poll: ") || line.starts_with("epoll_wait: ");
+        if polling && (is_done || is_next) {
+            polling = false;
+            let result = if is_done { "Ready" } else { "Pending" };
+            events.push(arrow(CALLBACKS, LOOP, result, true));
         }
         let mut client_does = |text: &str| {
             events.insert(woken, arrow(CLIENT, KERNEL, text, false));
@@ -161,12 +184,21 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
             events.push(arrow(LOOP, KERNEL, "epoll_wait", false));
             woken = events.len();
             waited_for = std::mem::take(&mut untried);
-            events.push(Event::Ready { count: count.to_owned(), at_once: false });
+            events.push(Event::Ready { count: count.to_owned(), at_once: queued > 0 });
         } else if let Some((fd, flags)) = line.split_once(" is ready: ") {
             ready = format!("{fd}, {flags}\n");
             if let Some(Event::Ready { at_once, .. }) = events.get_mut(woken) {
                 *at_once |= fd == waited_for && flags.ends_with("OUT");
             }
+        } else if line.starts_with("wake: ") {
+            queued += 1;
+            let text = std::mem::take(&mut ready).replace('\n', " -> ") + line;
+            events.push(Event::Note { at: LOOP, text });
+        } else if line.starts_with("poll: ") {
+            (queued, polling) = (queued - 1, true);
+            events.push(arrow(LOOP, CALLBACKS, line, false));
+        } else if line.starts_with("spawn: ") {
+            events.push(arrow(CALLBACKS, LOOP, &line.replace(", ", "\n"), false));
         } else if line.ends_with("_callback") {
             events.push(arrow(LOOP, CALLBACKS, &(std::mem::take(&mut ready) + line), false));
         } else if let Some(what) = line.strip_prefix("epoll_ctl: ") {
@@ -192,9 +224,9 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
             client_does("connects");
             events.push(arrow(KERNEL, CALLBACKS, &format!("accept: {what}"), true));
         } else if line.ends_with(": closed") {
-            events.push(Event::Note("the client has closed".to_owned()));
+            events.push(note("the client has closed"));
         } else if line.starts_with("message: ") {
-            events.push(Event::Note(line.to_owned()));
+            events.push(note(line));
         }
     }
     events
@@ -265,6 +297,30 @@ mod tests {
         // The socket was full.
         let events = waits(&[wait, "write: 1 of 2 bytes to fd 7", swap, wait, room]);
         assert_eq!(events, [one_ready(false), one_ready(false)]);
+    }
+
+    #[test]
+    fn a_poll_returns_pending_unless_it_is_ready() {
+        let lines = ["epoll_wait: 1 ready", "fd 8 is ready: IN", "wake: task 0", "poll: task 0"];
+        let later =
+            ["spawn: task 1, 9 bytes", "wake: task 1", "epoll_wait: 0 ready", "poll: task 1"];
+        let all = lines.iter().chain(&later).chain(&["ready: task 1"]);
+        let session: String = all.map(|line| format!("TRACE {line}\n")).collect();
+        let at_loop = |text: &str| Event::Note { at: LOOP, text: text.to_owned() };
+        let expected = [
+            arrow(LOOP, KERNEL, "epoll_wait", false),
+            one_ready(false),
+            at_loop("fd 8, IN -> wake: task 0"),
+            arrow(LOOP, CALLBACKS, "poll: task 0", false),
+            arrow(CALLBACKS, LOOP, "spawn: task 1\n9 bytes", false),
+            at_loop("wake: task 1"),
+            arrow(CALLBACKS, LOOP, "Pending", true),
+            arrow(LOOP, KERNEL, "epoll_wait", false),
+            Event::Ready { count: "0 ready".to_owned(), at_once: true },
+            arrow(LOOP, CALLBACKS, "poll: task 1", false),
+            arrow(CALLBACKS, LOOP, "Ready", true),
+        ];
+        assert_eq!(events(&session, ""), expected);
     }
 
     #[test]
