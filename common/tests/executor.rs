@@ -26,7 +26,7 @@ use nix::time::{ClockId, clock_gettime};
 use tracing::Dispatch;
 use tracing::subscriber::{DefaultGuard, NoSubscriber};
 
-/// The time limit for everything, which only a hang reaches.
+/// The time limit foreverything, which only a hang reaches.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// How long something may go on that should not.
@@ -171,7 +171,7 @@ fn it_runs_until_no_task_is_left() {
 }
 
 /// A socket is ready before the one that stops the loop, in one batch, and a timer is due before another
-/// one that stops it. Nobody else would wake these tasks up.
+/// one that stops it. Nothing else would wake these tasks up.
 #[test]
 fn what_is_ready_when_the_loop_is_stopped_is_not_lost() {
     let runtime = Runtime::new().unwrap();
@@ -308,7 +308,7 @@ fn a_destructor_can_use_the_executor() {
     assert_eq!(count.get(), 5);
 }
 
-/// It wakes itself for ever, and yet a socket and a timer end it.
+/// It wakes itself forever, and yet a socket and a timer end it.
 #[test]
 fn a_task_that_wakes_itself_leaves_io_and_timers_their_turn() {
     let runtime = Runtime::new().unwrap();
@@ -504,7 +504,7 @@ fn waiting_again_and_again_costs_no_epoll_ctl() {
     assert_eq!(log.messages("epoll_ctl: ").len() - before, 2);
 }
 
-/// The reader waits on. There is always room to write, which would wake nobody again and again.
+/// The reader waits on. There is always room to write, and no task to wake for it again and again.
 #[test]
 fn an_event_for_nobody_reduces_the_interest_to_those_who_wait() {
     let (log, runtime) = (Log::new(), Runtime::new().unwrap());
@@ -521,7 +521,7 @@ fn an_event_for_nobody_reduces_the_interest_to_those_who_wait() {
         sleeper.sleep(Duration::from_millis(1)).await;
         peer.write_all(b"xy").unwrap();
         assert_eq!(reader.await.unwrap(), b'x');
-        // The second byte is for nobody.
+        // No task waits for the second byte.
         sleeper.sleep(Duration::from_millis(1)).await;
         io
     });
@@ -656,7 +656,7 @@ fn what_cannot_be_watched_is_an_error_each_time() {
     assert_eq!(runtime.reactor.borrow().0.registered(), 1);
 }
 
-/// Bytes that nobody has read would reset the connection.
+/// Unread bytes would reset the connection.
 #[test]
 fn a_graceful_close_sends_the_rest_and_leaves_nothing_registered() {
     let runtime = Runtime::new().unwrap();
@@ -956,7 +956,7 @@ struct Counts {
 }
 
 /// Threads wake one task up, `wakes` times per round, with a `pause` before each, for which it gets a random
-/// number. At the end of a round they wait until it has seen everything: they would wait for ever if the
+/// number. At the end of a round they wait until it has seen everything: they would wait forever if the
 /// task were not polled after the last wake-up. A loop that is `busy` never sleeps.
 #[track_caller]
 fn assert_none_is_lost(threads: u64, rounds: u64, wakes: u64, busy: bool, pause: fn(u64)) {
