@@ -506,7 +506,7 @@ fn waiting_again_and_again_costs_no_epoll_ctl() {
 
 /// The reader waits on. There is always room to write, and no task to wake for it again and again.
 #[test]
-fn an_event_for_nobody_reduces_the_interest_to_those_who_wait() {
+fn an_event_that_no_task_waits_for_reduces_the_interest() {
     let (log, runtime) = (Log::new(), Runtime::new().unwrap());
     let (io, mut peer) = pair(&runtime);
     let fd = io.get_ref().as_raw_fd();
