@@ -1,5 +1,5 @@
-//! Latency against load: chapter 12's QPS test, with both of its loops, against some servers. Nothing is
-//! pinned, because two workers need two processors, and the test needs one of them too.
+//! Latency against load: chapter 12's QPS test, with both of its loops, against the models of chapter 8,
+//! which have work to do for each message. Nothing is pinned: two workers need both processors.
 
 use std::env;
 use std::process::Command;
@@ -48,20 +48,18 @@ pub struct Point {
 
 /// The servers: the name, the program and its arguments.
 const SERVERS: [(&str, &str, &[&str]); 4] = [
-    ("v07", "reactor-v07", &["--addr", "127.0.0.1:0"]),
-    ("v08, 1 worker", "reactor-v08", &["--addr", "127.0.0.1:0", "--threads", "1"]),
-    ("v08, 2 workers", "reactor-v08", &["--addr", "127.0.0.1:0", "--threads", "2"]),
-    ("tokio, 1 thread", "peer-tokio-codec", &[]),
+    ("v07", "model-reactor", &[]),
+    ("v08, 1 worker", "model-workers", &["1"]),
+    ("v08, 2 workers", "model-workers", &["2"]),
+    ("tokio, 2 threads", "model-tokio", &["2"]),
 ];
 
-/// The loads of the closed loop: unanswered requests of each of its ten connections.
-const DEPTHS: [u32; 6] = [1, 4, 16, 64, 256, 1024];
+/// The loads of the closed loop: connections, and unanswered requests of each.
+const CLOSED: [(u32, u32); 6] = [(1, 1), (2, 1), (8, 1), (32, 1), (32, 4), (32, 16)];
 
-/// The loads of the open loop, in percent of the highest throughput of the closed one.
-const PERCENTS: [f64; 7] = [10.0, 25.0, 50.0, 75.0, 90.0, 100.0, 110.0];
-
-/// The highest rate of the QPS test.
-const MAX_RATE: f64 = 10_000_000.0;
+/// The loads of the open loop, in percent of the highest throughput of the closed one; its connections.
+const PERCENTS: [f64; 8] = [10.0, 25.0, 50.0, 75.0, 90.0, 100.0, 105.0, 110.0];
+const OPEN_CONNECTIONS: u32 = 32;
 
 impl Latency {
     /// Reads what [`to_json`](Self::to_json) has written.
@@ -90,7 +88,7 @@ impl Latency {
         duration: Duration,
         progress: &ProgressBar,
     ) -> anyhow::Result<Self> {
-        const LOADS: usize = DEPTHS.len() + PERCENTS.len();
+        const LOADS: usize = CLOSED.len() + PERCENTS.len();
         progress.set_length(u64::from(rounds) * (SERVERS.len() * LOADS) as u64);
         let mut figures = [const { [const { Vec::new() }; LOADS] }; SERVERS.len()];
         for _ in 0..rounds {
@@ -104,21 +102,22 @@ impl Latency {
                     figures.extend(point);
                     anyhow::Ok(rate)
                 };
-                let (closed, open) = figures.split_at_mut(DEPTHS.len());
+                let (closed, open) = figures.split_at_mut(CLOSED.len());
                 let mut highest = 0.0_f64;
-                for (depth, figures) in DEPTHS.iter().zip(closed) {
-                    highest = highest.max(measure(format!("--depth={depth}"), figures)?);
+                for ((n, depth), figures) in CLOSED.iter().zip(closed) {
+                    let load = format!("--connections={n} --depth={depth}");
+                    highest = highest.max(measure(load, figures)?);
                 }
                 for (percent, figures) in PERCENTS.iter().zip(open) {
-                    let rate = (highest * percent / 100.0).clamp(1.0, MAX_RATE);
-                    measure(format!("--rate={rate:.0}"), figures)?;
+                    let rate = (highest * percent / 100.0).max(1.0);
+                    measure(format!("--connections={OPEN_CONNECTIONS} --rate={rate:.0}"), figures)?;
                 }
             }
         }
         progress.finish_and_clear();
         let mut lines = Vec::new();
         for ((server, ..), figures) in SERVERS.iter().zip(&figures) {
-            let (closed, open) = figures.split_at(DEPTHS.len());
+            let (closed, open) = figures.split_at(CLOSED.len());
             for (open, loads) in [(false, closed), (true, open)] {
                 let points = loads.iter().filter_map(|turns| {
                     let rate = median(turns.iter().map(|turn| turn.rate))?;
@@ -145,7 +144,8 @@ fn measure(
     let target = Target::start(server, None)?;
     let output = beside(TEST)?
         // The figures follow the text.
-        .args(["--json", "/dev/stdout", "--addr", &target.addr.to_string(), load])
+        .args(["--json", "/dev/stdout", "--addr", &target.addr.to_string()])
+        .args(load.split_whitespace())
         .args(["--duration", &duration.as_secs_f64().to_string()])
         .output()
         .context(TEST)?;

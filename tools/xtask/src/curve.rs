@@ -77,14 +77,14 @@ pub fn draw(id: &str, figures: &Latency) -> anyhow::Result<String> {
             x(rate),
             BOTTOM + 17.0,
             // Without the last digits of 3 * 0.1.
-            (rate / 1e4).round() / 100.0
+            (rate / 10.0).round() / 100.0
         )?;
     }
     let Machine { processor, processors, kernel, commit, .. } = machine;
     let (processor, plural) = (picture::escape(processor), if *rounds == 1 { "" } else { "s" });
     writeln!(
         svg,
-        "  <text class=\"mid\" x=\"{}\" y=\"{}\">million replies per second</text>\
+        "  <text class=\"mid\" x=\"{}\" y=\"{}\">thousand replies per second</text>\
          <text class=\"small\" x=\"16\" y=\"{}\">{processor}, {processors} processors, Linux {kernel}</text>\
          <text class=\"small\" x=\"16\" y=\"{}\">commit {commit}; medians of {rounds} round{plural} of {seconds} s</text>",
         (LEFT + RIGHT) / 2.0,
