@@ -12,7 +12,7 @@ use nix::errno::Errno;
 use nix::libc::{in_pktinfo, in6_pktinfo};
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, SockaddrStorage, bind,
-    recvmsg, sendmsg, setsockopt,
+    recvmsg, sendmsg, sendto, setsockopt,
     sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo},
 };
 use tracing::{debug, info, trace, warn};
@@ -36,8 +36,10 @@ pub struct UdpServer {
     addr: SocketAddr,
     token: Token,
     datagram: Box<[u8]>,
-    /// Room for the control message with the address that a datagram was sent to.
-    control: Vec<u8>,
+    /// Room for the control message with the address that a datagram was sent to, if it may be any.
+    control: Option<Vec<u8>>,
+    /// The reply that is being sent.
+    frame: Vec<u8>,
     /// Datagrams that were not a message with a callback, since the last report.
     dropped: u64,
     /// Replies that the kernel has not taken, since the last report.
@@ -78,10 +80,10 @@ impl UdpServer {
             Ok(UdpSocket::from(fd))
         })?;
         let addr = socket.local_addr()?;
-        let (token, dropped, unsent) = (Token::default(), 0, 0);
-        let control = cmsg_space!(in6_pktinfo);
+        let (token, frame, dropped, unsent) = Default::default();
+        let control = is_any(addr).then(|| cmsg_space!(in6_pktinfo));
         let datagram = vec![0; MAX_DATAGRAM].into();
-        Ok(Self { socket, addr, token, datagram, control, dropped, unsent })
+        Ok(Self { socket, addr, token, datagram, control, frame, dropped, unsent })
     }
 
     /// From now on `callback` is called when datagrams have arrived.
@@ -143,7 +145,7 @@ impl UdpServer {
         let mut buffers = [IoSliceMut::new(&mut self.datagram)];
         let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::empty());
         let received =
-            recvmsg::<SockaddrStorage>(fd, &mut buffers, Some(&mut self.control), flags)?;
+            recvmsg::<SockaddrStorage>(fd, &mut buffers, self.control.as_deref_mut(), flags)?;
         let n = received.bytes;
         let Some(peer) = received.address else { return Ok(n) };
         let local = received.cmsgs()?.next().map(|local| match local {
@@ -173,7 +175,8 @@ impl UdpServer {
                 return Ok(n);
             }
         };
-        let mut sender = Sender { socket: &self.socket, peer, local, unsent: &mut self.unsent };
+        let (frame, unsent) = (&mut self.frame, &mut self.unsent);
+        let mut sender = Sender { socket: &self.socket, peer, local, frame, unsent };
         match on_message(&mut sender, message.payload, message.id) {
             Some(Ok(())) => {}
             Some(Err(err)) => warn!("{peer}: {err:#}"),
@@ -216,13 +219,16 @@ struct Sender<'a> {
     peer: SockaddrStorage,
     /// Which address the datagram was sent to, if the server is bound to all of them.
     local: Option<ControlMessageOwned>,
+    frame: &'a mut Vec<u8>,
     unsent: &'a mut u64,
 }
 
 impl NetConnection for Sender<'_> {
     fn send_message(&mut self, payload: &[u8], id: i32) -> Result<()> {
         let header = message::encode_header(id, payload.len())?;
-        let frame = [IoSlice::new(&header), IoSlice::new(payload)];
+        self.frame.clear();
+        self.frame.extend_from_slice(&header);
+        self.frame.extend_from_slice(payload);
         let control = match &self.local {
             Some(ControlMessageOwned::Ipv4PacketInfo(to)) => {
                 Some(ControlMessage::Ipv4PacketInfo(to))
@@ -232,8 +238,16 @@ impl NetConnection for Sender<'_> {
             }
             _ => None,
         };
-        let fd = self.socket.as_raw_fd();
-        match sendmsg(fd, &frame, control.as_slice(), MsgFlags::empty(), Some(&self.peer)) {
+        let (fd, flags) = (self.socket.as_raw_fd(), MsgFlags::empty());
+        // sendto(2) is cheaper than sendmsg(2), and typically enough.
+        let sent = match control {
+            None => sendto(fd, self.frame, &self.peer, flags),
+            control => {
+                let frame = [IoSlice::new(self.frame)];
+                sendmsg(fd, &frame, control.as_slice(), flags, Some(&self.peer))
+            }
+        };
+        match sent {
             Ok(_) => Ok(()),
             Err(Errno::EMSGSIZE) => {
                 bail!("a reply of {} bytes does not fit a datagram", payload.len())
