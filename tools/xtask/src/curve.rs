@@ -155,7 +155,8 @@ mod tests {
             svg.contains("M178.0 298.0\"") && svg.contains("M178.0 180.0L298.0 62.0\""),
             "{svg}"
         );
-        for label in ["y=\"66.0\">a<", "y=\"82.0\">b<", ">100 µs<", ">100 ms<", ">1.5<", "P &lt;1>"]
+        for label in
+            ["y=\"66.0\">a<", "y=\"82.0\">b<", ">100 µs<", ">100 ms<", ">1500<", "P &lt;1>"]
         {
             assert_eq!(svg.matches(label).count(), 1, "{label} in {svg}");
         }
