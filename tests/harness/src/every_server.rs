@@ -287,7 +287,10 @@ pub fn sleeps_when_idle(exe: &str, works: Works) {
 }
 
 fn idle_fds(exe: &str) -> usize {
-    Server::start(exe).fds()
+    let server = Server::start(exe);
+    // It may listen before each of its threads has a loop.
+    server.wait_until_asleep();
+    server.fds()
 }
 
 pub fn can_be_restarted_at_once(exe: &str, works: Works) {

@@ -86,6 +86,8 @@ impl Target {
     fn start(exe: &str) -> Self {
         let server = Server::start(exe);
         let (name, protocol) = (exe.rsplit('/').next().unwrap().to_owned(), Protocol::of(exe));
+        // It may listen before each of its threads has a loop.
+        server.wait_until_asleep();
         let idle_fds = server.fds();
         Self { name, server, protocol, idle_fds, most_fds: idle_fds, memory: Vec::new() }
     }
