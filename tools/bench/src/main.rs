@@ -1,7 +1,7 @@
 //! The bench program: measures every chapter and every peer in turn, and prints tables.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -64,6 +64,12 @@ struct Args {
 /// The scenarios for which system calls are counted.
 const CALLS: [&str; 2] = ["1x1x64", "50x1x64"];
 
+/// Fails now rather than after ten minutes. The old contents stay until the run is over.
+fn ensure_writable(path: &Path) -> anyhow::Result<()> {
+    let file = fs::OpenOptions::new().append(true).create(true).open(path);
+    file.map(drop).with_context(|| format!("cannot write {}", path.display()))
+}
+
 fn parse_seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds
@@ -87,14 +93,10 @@ fn main() -> anyhow::Result<()> {
     }
     // Before a new file is created, which would make the work tree dirty.
     let machine = Machine::this_one();
-    if let Some(path) = args.json.as_ref().or(args.latency.as_ref()) {
-        // Fails now rather than after ten minutes. The old contents stay until the run is over.
-        let file = fs::OpenOptions::new().append(true).create(true).open(path);
-        file.with_context(|| format!("cannot write {}", path.display()))?;
-    }
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len}, {eta} left: {msg}")?;
     let progress = ProgressBar::new(0).with_style(style);
     if let Some(path) = &args.latency {
+        ensure_writable(path)?;
         let latency = Latency::run(machine, args.rounds, args.seconds, &progress)?;
         return fs::write(path, latency.to_json()?)
             .with_context(|| format!("cannot write {}", path.display()));
@@ -116,6 +118,9 @@ fn main() -> anyhow::Result<()> {
         let first = servers.first().context("no servers")?;
         let name = &first.name;
         ensure!(can_serve(first, scenario), "ratios are to {name}, which cannot serve {scenario}");
+    }
+    if let Some(path) = &args.json {
+        ensure_writable(path)?;
     }
     let (server_cpu, load_cpu) = target::processors()?;
     target::pin(Pid::from_raw(0), load_cpu)?;
