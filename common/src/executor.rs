@@ -54,7 +54,7 @@ pub struct Waiting {
 /// What is behind a [`Waker`], which may be sent to another thread, and outlive task and executor.
 struct TaskWaker {
     number: u64,
-    /// Woken again while it is in the queue, a task is still polled once.
+    /// However often this wakes its task, it is in the queue once.
     queued: AtomicBool,
     queue: Weak<Mutex<Queue>>,
 }
@@ -132,7 +132,7 @@ impl Runtime {
     }
 
     fn poll(&self, waker: Arc<TaskWaker>) {
-        // Before the poll, so that a wake-up during it counts; a swap, to see what was done before one.
+        // Before the poll, so that a wake-up during it counts. A swap acquires what was done before one.
         waker.queued.swap(false, Ordering::AcqRel);
         let (number, waker) = (waker.number, Waker::from(waker));
         // Out of the table, which the task may use to spawn others.
@@ -368,10 +368,9 @@ impl Future for Sleep {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let Some(id) = self.id else { return Poll::Pending };
-        let waker = cx.waker().clone();
-        let waiter =
-            self.runtime.reactor.borrow_mut().1.sleepers.get_mut(&id).map(|it| it.replace(waker));
-        if waiter.is_some() { Poll::Pending } else { Poll::Ready(()) }
+        let (waker, reactor) = (cx.waker().clone(), &self.runtime.reactor);
+        let old = reactor.borrow_mut().1.sleepers.get_mut(&id).map(|it| it.replace(waker));
+        if old.is_some() { Poll::Pending } else { Poll::Ready(()) }
     }
 }
 
@@ -437,13 +436,14 @@ impl Event {
         Self { runtime: Rc::clone(runtime), has_happened: Cell::new(false) }
     }
 
-    /// Lets it happen. This wakes all tasks: a list of those that wait would cost each of them memory.
+    /// Lets it happen, and wakes all tasks, by new wakers. A list of those that wait would cost memory.
     pub fn set(&self) {
         self.has_happened.set(true);
         self.runtime.tasks.borrow().keys().for_each(|number| self.runtime.wake(*number));
     }
 
-    /// Waits until it has happened. It keeps no waker: to be polled whenever the task is.
+    /// Waits until it has happened, in a task of the same [`Runtime`]. It keeps no waker: poll it whenever
+    /// that task is polled.
     pub fn wait(&self) -> impl Future<Output = ()> + Unpin {
         poll_fn(|_| if self.has_happened.get() { Poll::Ready(()) } else { Poll::Pending })
     }

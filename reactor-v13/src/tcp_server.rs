@@ -97,7 +97,7 @@ impl TcpServer {
         }
     }
 
-    /// Step 2: starts a task for the client. (An `async fn` would hold its argument `conn` twice.)
+    /// Step 2: starts a task for the client. (An `async fn` that takes the `conn` would hold it twice.)
     fn add_conn(self: &Rc<Self>, stream: TcpStream, peer: SocketAddr) {
         debug!("{peer}: connected, fd {}", stream.as_raw_fd());
         let (mut conn, server) = match Conn::new(self, stream, peer) {
