@@ -5,6 +5,7 @@ mod blocks;
 mod chart;
 mod console;
 mod curve;
+mod grade;
 mod mentions;
 mod pages;
 mod phrases;
@@ -22,6 +23,7 @@ use bench::latency::Latency;
 use bench::report::Report;
 use clap::{Parser, Subcommand};
 
+use crate::grade::{Cases, Grade};
 use crate::sources::Sources;
 use crate::workspace::{Workspace, beside};
 
@@ -59,6 +61,23 @@ enum Task {
         /// Only these patches, for example docs/src/answers/v01-1.patch
         patches: Vec<String>,
     },
+    /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
+    Grade {
+        /// Goes on after a failure
+        #[arg(long)]
+        all: bool,
+        /// Only prints the cases
+        #[arg(long)]
+        list: bool,
+        /// Only the case with this number or name, for example 3.4 or slow-reader
+        #[arg(long, value_name = "CASE")]
+        case: Option<String>,
+        /// The chapter, for example v03
+        chapter: String,
+        /// How to start the server; {addr} stands for the HOST:PORT to listen on
+        #[arg(last = true, required_unless_present = "list")]
+        command: Vec<String>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -77,6 +96,15 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Docs { check } => docs(&workspace, check),
         Task::Console { check, pages } => console(&workspace, check, pages),
         Task::Answers { quick, patches } => answers(&workspace, patches, quick),
+        Task::Grade { all, list, case, chapter, command } => {
+            let (cases, only) = (Cases::read(&workspace.root, &chapter)?, case.as_deref());
+            if list {
+                return cases.list(&chapter, only);
+            }
+            let passed = Grade::new(&workspace.root, &chapter, &command)?.run(&cases, only, all)?;
+            ensure!(passed, "not all cases have passed");
+            Ok(())
+        }
     }
 }
 

@@ -1,0 +1,204 @@
+//! `cargo xtask grade`: runs a chapter's cases against a server of the learner's own. A case is one of the
+//! chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// The cases of one chapter, in the order in which one would build the server.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cases {
+    #[serde(rename = "case")]
+    cases: Vec<Case>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Case {
+    /// In a word or two, joined by hyphens.
+    name: String,
+    /// What the server has to do, in one sentence.
+    must: String,
+    /// The section of the book about it, beside `docs/src`.
+    page: String,
+    /// How to try it without the grader, if a line is enough.
+    by_hand: Option<String>,
+    /// The path of the test.
+    test: String,
+}
+
+/// What became of a case.
+enum Verdict {
+    Passed,
+    /// With what the test has to say about it.
+    Failed(String),
+}
+
+/// What to do with the cases of a chapter.
+pub struct Grade<'a> {
+    root: &'a Path,
+    chapter: &'a str,
+    command: String,
+}
+
+impl Cases {
+    /// Reads the cases of `chapter`, for example `v03`.
+    pub fn read(root: &Path, chapter: &str) -> Result<Self> {
+        let path = root.join(format!("tests/cases/{chapter}.toml"));
+        let text = match fs::read_to_string(&path) {
+            Err(_) => bail!("no cases for {chapter:?}; there are some for {}", chapters(root)?),
+            Ok(text) => text,
+        };
+        toml::from_str(&text).with_context(|| path.display().to_string())
+    }
+
+    /// Each case with its id, such as `3.4`, or only the one with this id or name.
+    fn numbered(&self, chapter: &str, only: Option<&str>) -> Result<Vec<(String, &Case)>> {
+        let chapter = chapter.trim_start_matches(['v', '0']);
+        let id = |(n, case)| (format!("{chapter}.{}", n + 1), case);
+        let mut cases: Vec<_> = self.cases.iter().enumerate().map(id).collect();
+        if let Some(only) = only {
+            cases.retain(|(id, case)| id == only || case.name == only);
+            ensure!(!cases.is_empty(), "no case {only:?}: --list shows them");
+        }
+        Ok(cases)
+    }
+
+    /// Prints each case: its id, its name and what it asks.
+    pub fn list(&self, chapter: &str, only: Option<&str>) -> Result<()> {
+        for (id, case) in self.numbered(chapter, only)? {
+            println!("{id:5} {:16} {}", case.name, case.must);
+        }
+        Ok(())
+    }
+}
+
+/// The chapters that have cases.
+fn chapters(root: &Path) -> Result<String> {
+    let entries = fs::read_dir(root.join("tests/cases"))?.collect::<Result<Vec<_>, _>>()?;
+    let stem = |path: PathBuf| Some(path.file_stem()?.to_str()?.to_owned());
+    let mut names: Vec<_> = entries.iter().filter_map(|entry| stem(entry.path())).collect();
+    names.sort();
+    Ok(names.join(", "))
+}
+
+impl<'a> Grade<'a> {
+    /// For a server that `command` starts. One of its words contains `{addr}`.
+    pub fn new(root: &'a Path, chapter: &'a str, command: &[String]) -> Result<Self> {
+        ensure!(
+            command.iter().any(|word| word.contains("{addr}")),
+            "the command has to contain {{addr}}, which stands for the HOST:PORT to listen on"
+        );
+        let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+        Ok(Self { root, chapter, command })
+    }
+
+    /// Runs the cases, up to the first failure or all of them. Returns whether all have passed.
+    pub fn run(&self, cases: &Cases, only: Option<&str>, all: bool) -> Result<bool> {
+        let cases = cases.numbered(self.chapter, only)?;
+        let built = self.test(&["--no-run"])?;
+        ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let (mut passed, mut failed) = (0, 0);
+        for (id, case) in &cases {
+            print!("{id:5} {:16} ", case.name);
+            // The line is complete after the case, which may take a while.
+            std::io::Write::flush(&mut std::io::stdout())?;
+            match self.verdict(case)? {
+                Verdict::Passed => passed += 1,
+                Verdict::Failed(why) => {
+                    println!("FAIL");
+                    self.explain(id, case, &why);
+                    failed += 1;
+                    if !all {
+                        break;
+                    }
+                    continue;
+                }
+            }
+            println!("pass");
+        }
+        println!("\n{passed} of {} cases passed", cases.len());
+        Ok(failed == 0)
+    }
+
+    fn verdict(&self, case: &Case) -> Result<Verdict> {
+        let output = self.test(&["--", "--exact", &case.test])?;
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        ensure!(!stdout.contains("running 0 tests"), "no test {} in {}", case.test, self.chapter);
+        if output.status.success() {
+            return Ok(Verdict::Passed);
+        }
+        Ok(Verdict::Failed(report(&stdout)))
+    }
+
+    /// Runs cargo test for the chapter's tests, with the learner's server in place of the chapter's.
+    fn test(&self, args: &[&str]) -> Result<Output> {
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.args(["test", "--locked", "--manifest-path"]).arg(self.root.join("Cargo.toml"));
+        cargo.args(["--package", &format!("reactor-{}", self.chapter), "--test", self.chapter]);
+        cargo.args(args).env("REACTOR_CMD", &self.command).env_remove("RUST_BACKTRACE");
+        cargo.output().context("cannot run cargo")
+    }
+
+    fn explain(&self, id: &str, case: &Case, why: &str) {
+        println!("\n  {}\n", case.must);
+        for line in why.lines() {
+            println!("  {line}");
+        }
+        println!("\n  read   docs/src/{}", case.page);
+        if let Some(command) = &case.by_hand {
+            println!("  try    {command}");
+        }
+        println!("  again  scripts/grade.sh {} --case {id} -- {}", self.chapter, self.command);
+    }
+}
+
+/// What a failed test says, from the output of libtest: its message, then what the server wrote.
+fn report(stdout: &str) -> String {
+    let lines = stdout.lines().skip_while(|line| !line.starts_with("---- ")).skip(1);
+    let lines = lines.take_while(|line| *line != "failures:");
+    let (mut report, mut prefix) = (String::new(), "");
+    for line in lines {
+        let is_noise = line.starts_with("note: ") || line.starts_with("thread '");
+        if line == "The program's output:" {
+            prefix = "[yours] ";
+        } else if !is_noise && !line.is_empty() {
+            report += &format!("{prefix}{line}\n");
+        }
+    }
+    report
+}
+
+/// `word` for a POSIX shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:={},@%+".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_quoted_for_a_shell() {
+        assert_eq!(quoted("--addr={addr}"), "--addr={addr}");
+        assert_eq!(quoted("a server's"), r"'a server'\''s'");
+        assert_eq!(quoted(""), "''");
+    }
+
+    #[test]
+    fn the_report_has_the_message_and_the_servers_output() {
+        let stdout = "running 1 test\nF\n\n---- echoes stdout ----\n\nthread 'echoes' (7) panicked at \
+            tests/v03.rs:3:5:\nreading 5 bytes: end of file\nnote: run with `RUST_BACKTRACE=1`\n\
+            The program's output:\nTraceback\n\n\nfailures:\n    echoes\n";
+        assert_eq!(report(stdout), "reading 5 bytes: end of file\n[yours] Traceback\n");
+    }
+}
