@@ -10,8 +10,8 @@ use nix::sys::signal::Signal;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    QUIET, Server, assert_echo, exchange, frame, narrow, pattern, read, read_slowly, read_to_end,
-    send_until_stuck, wait_until, wait_until_taken, write,
+    QUIET, Server, assert_bytes, assert_echo, exchange, frame, narrow, pattern, read, read_slowly,
+    read_to_end, send_until_stuck, wait_until, wait_until_taken, write,
 };
 
 /// The longest payload.
@@ -111,7 +111,7 @@ pub fn pipelined_messages_are_answered_in_order(chapter: Chapter) {
     for n in [MAX_PAYLOAD, 1, 30_000, 0, 40_000, MAX_PAYLOAD, 5] {
         bytes.extend(frame(1, &pattern(n, 3)));
     }
-    assert!(exchange(&server.connect(), bytes.clone()) == bytes);
+    assert_bytes(&exchange(&server.connect(), bytes.clone()), &bytes);
 }
 
 /// The trace of the reactor's steps shows it.
@@ -143,7 +143,7 @@ pub fn a_bad_length_ends_the_connection_after_earlier_replies(chapter: Chapter) 
         let peer = client.local_addr().unwrap();
         let good = [frame(1, b"good"), frame(1, &pattern(50_000, 1))].concat();
         write(&client, &[good.clone(), bad_frame(length), b"garbage".to_vec()].concat());
-        assert!(read_to_end(&client) == good);
+        assert_bytes(&read_to_end(&client), &good);
         server.wait_for_log(&format!("{peer}: refused: message length {length} is not within"));
         server.assert_logged_once(&peer.to_string());
     }
@@ -159,7 +159,7 @@ pub fn a_refused_client_may_read_slowly(chapter: Chapter) {
         narrow(&client);
         write(&client, &[&good[..], &bad_frame(-1), &pattern(garbage, 2)].concat());
         client.shutdown(Shutdown::Write).unwrap();
-        assert!(read_slowly(&client) == good, "{garbage} bytes of garbage");
+        assert_bytes(&read_slowly(&client), &good);
     }
 }
 
@@ -185,7 +185,7 @@ pub fn a_refused_client_that_reads_late_and_keeps_sending_gets_everything(chapte
         write(&client, b"still here");
         thread::sleep(QUIET);
     }
-    assert!(read_to_end(&client) == good);
+    assert_bytes(&read_to_end(&client), &good);
 }
 
 /// The server discards its bytes as they arrive, without growing, and goes on serving others.
@@ -220,7 +220,7 @@ pub fn a_refused_client_may_be_slow_and_keep_sending(chapter: Chapter) {
         thread::sleep(Duration::from_millis(20));
     }
     received.extend(read_to_end(&client));
-    assert!(received == good);
+    assert_bytes(&received, &good);
 }
 
 pub fn text_is_refused(chapter: Chapter) {

@@ -15,8 +15,8 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{MsgFlags, send};
 
 use crate::{
-    LIMIT, QUIET, Server, assert_echo, narrow, pattern, raise_fd_limit, read, read_slowly,
-    read_to_end, reset, wait_until, wait_until_closing, write,
+    LIMIT, QUIET, Server, assert_bytes, assert_echo, narrow, pattern, raise_fd_limit, read,
+    read_slowly, read_to_end, reset, wait_until, wait_until_closing, write,
 };
 
 /// A shutdown takes a second at most. Later than this after the signal, on a busy machine, it proves
@@ -204,7 +204,7 @@ pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
         write(&client, &bytes);
         client.shutdown(Shutdown::Write).unwrap();
         server.signal(Signal::SIGCONT);
-        assert!(read_to_end(&client) == bytes);
+        assert_bytes(&read_to_end(&client), &bytes);
     }
 }
 
@@ -221,7 +221,7 @@ pub fn echoes_stuck_bytes_after_the_fin(chapter: Chapter) {
     });
     let received = read_to_end(&client);
     sent.extend(sender.join().unwrap());
-    assert!(received == sent);
+    assert_bytes(&received, &sent);
 }
 
 pub fn a_client_that_never_reads_costs_bounded_memory(chapter: Chapter) {
@@ -357,7 +357,7 @@ pub fn a_slow_reader_gets_everything(chapter: Chapter) {
     });
     let received = read_slowly(&client);
     sender.join().unwrap();
-    assert!(received == bytes);
+    assert_bytes(&received, &bytes);
 }
 
 pub fn a_reset_ends_one_connection_and_is_logged(chapter: Chapter) {
@@ -565,7 +565,7 @@ pub fn answers_what_arrived_before_the_signal(chapter: Chapter) {
         write(&client, &messages);
         server.signal(Signal::SIGTERM);
         server.signal(Signal::SIGCONT);
-        assert!(read_to_end(&client) == messages, "{n} bytes");
+        assert_bytes(&read_to_end(&client), &messages);
         drop(client);
         assert_stopped_with_nothing_in_use(&mut server);
         server.wait_for_log(&format!("{peer}: closed"));
@@ -613,7 +613,7 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     server.signal(Signal::SIGTERM);
     write(&client, &messages);
     server.signal(Signal::SIGCONT);
-    assert!(read_to_end(&client) == messages);
+    assert_bytes(&read_to_end(&client), &messages);
     assert_stopped_with_nothing_in_use(&mut server);
 }
 
@@ -694,7 +694,7 @@ pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
     server.signal(Signal::SIGTERM);
     server.signal(Signal::SIGCONT);
     for client in clients {
-        assert!(read_to_end(&client) == messages);
+        assert_bytes(&read_to_end(&client), &messages);
     }
     assert_stopped_with_nothing_in_use(&mut server);
 }

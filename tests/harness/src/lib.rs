@@ -280,13 +280,16 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         if thread::panicking() && reactor_cmd().is_some() {
-            // Its last output may still be in the pipe.
+            // It may be about to end, and its last output may still be in the pipe.
             thread::sleep(QUIET);
+            if let Ok(Some(status)) = self.child.try_wait() {
+                eprintln!("The program has ended: {status}");
+            }
             eprintln!("The program's output:\n{}", self.log());
         }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -457,12 +460,25 @@ pub fn served(addr: SocketAddr) -> TcpStream {
 
 /// Reads exactly `n` bytes.
 #[track_caller]
-pub fn read(mut stream: &TcpStream, n: usize) -> Vec<u8> {
-    let mut bytes = vec![0; n];
-    if let Err(err) = stream.read_exact(&mut bytes) {
-        panic!("reading {n} bytes: {err}");
+pub fn read(stream: &TcpStream, n: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let result = stream.take(n as u64).read_to_end(&mut bytes);
+    match (result, bytes.len()) {
+        (Ok(_), len) if len == n => bytes,
+        (Ok(_), len) => panic!("the server closed the connection after {len} of {n} bytes"),
+        (Err(err), len) => panic!("after {len} of {n} bytes: {}", meaning(&err)),
     }
-    bytes
+}
+
+/// What an error of a read probably means.
+fn meaning(err: &io::Error) -> String {
+    match err.kind() {
+        io::ErrorKind::WouldBlock => format!("nothing more came for {LIMIT:?}"),
+        io::ErrorKind::ConnectionReset => format!(
+            "{err}: the server has ended, or has closed its socket while there was something to read"
+        ),
+        _ => err.to_string(),
+    }
 }
 
 /// Reads until the peer closes. A reset is a failure.
@@ -471,7 +487,7 @@ pub fn read_to_end(mut stream: &TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     match stream.read_to_end(&mut bytes) {
         Ok(_) => bytes,
-        Err(err) => panic!("after {} bytes: {err}", bytes.len()),
+        Err(err) => panic!("after {} bytes: {}", bytes.len(), meaning(&err)),
     }
 }
 
@@ -550,7 +566,33 @@ pub fn assert_silent(mut stream: &TcpStream) {
 #[track_caller]
 pub fn assert_echo(stream: &TcpStream, bytes: &[u8]) {
     write(stream, bytes);
-    assert_eq!(read(stream, bytes.len()), bytes);
+    assert_bytes(&read(stream, bytes.len()), bytes);
+}
+
+/// Checks that the bytes that were received are the expected ones, and shows where they are not.
+#[track_caller]
+pub fn assert_bytes(received: &[u8], expected: &[u8]) {
+    assert!(received == expected, "{}", difference(expected, received));
+}
+
+/// Where the bytes that were received differ from those that were expected: the line of a hex dump with the
+/// first difference, and a mark below it.
+fn difference(expected: &[u8], received: &[u8]) -> String {
+    const WIDTH: usize = 16;
+    let same = expected.iter().zip(received).take_while(|(a, b)| a == b).count();
+    let start = same - same % WIDTH;
+    let line = |bytes: &[u8]| {
+        let bytes = &bytes[start.min(bytes.len())..];
+        let bytes = &bytes[..bytes.len().min(WIDTH)];
+        let hex = bytes.iter().map(|byte| format!("{byte:02x} ")).collect::<String>();
+        format!("{hex:48} {}", bytes.escape_ascii())
+    };
+    let mark = " ".repeat(3 * (same - start)) + "^^";
+    let (wanted, got) = (line(expected), line(received));
+    let (n, of) = (received.len(), expected.len());
+    format!(
+        "{n} bytes, expected {of}; they differ from byte {same} on\nexpected {wanted}\nreceived {got}\n         {mark}"
+    )
 }
 
 /// Sends `bytes` and the end of the stream from a second thread, and reads everything that comes
@@ -713,4 +755,19 @@ fn output(child: Child) -> Output {
     done.send(()).ok();
     watchdog.join().unwrap();
     output
+}
+
+#[cfg(test)]
+mod tests {
+    use super::difference;
+
+    #[test]
+    fn a_difference_is_marked_in_its_line() {
+        let report = difference(b"0123456789abcdefhello", b"0123456789abcdefhe\0lo");
+        let lines: Vec<&str> = report.lines().map(str::trim_end).collect();
+        assert_eq!(lines[0], "21 bytes, expected 21; they differ from byte 18 on");
+        assert_eq!(lines[1].split_whitespace().last(), Some("hello"));
+        assert_eq!(lines[2].split_whitespace().last(), Some("he\\x00lo"));
+        assert_eq!(lines[2].find("00"), lines[3].find("^^"));
+    }
 }
