@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
-/// The cases of one chapter, in the order in which one would build the server.
+/// The cases of one chapter, in the order in which you would build the server.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cases {
@@ -35,7 +35,7 @@ struct Case {
 /// What became of a case.
 enum Verdict {
     Passed,
-    /// With what the test has to say about it.
+    /// With the message of the test.
     Failed(String),
 }
 
