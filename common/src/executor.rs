@@ -335,7 +335,6 @@ impl Runtime {
         let future = Box::pin(future);
         self.spawn(async move { end.0.0.set(Some(future.await)) });
         poll_fn(move |cx| {
-            // The other one is the task's.
             if Rc::strong_count(&state) > 1 {
                 state.1.set(Some(cx.waker().clone()));
                 return Poll::Pending;
@@ -348,6 +347,8 @@ impl Runtime {
     /// for 50 ms, or until `end`.
     pub async fn drain_input(self: &Rc<Self>, end: Instant) {
         self.reactor.borrow_mut().0.close_limits.at_once = usize::MAX;
+        // The tasks just spawned are polled first: what they wait for counts only when it is watched.
+        self.sleep(Duration::ZERO).await;
         let mut quiet = false;
         while !quiet && Instant::now() < end {
             let events = self.events.get();
@@ -383,8 +384,7 @@ impl Drop for Sleep {
     }
 }
 
-/// A part of the task, with its output and the waker of the task that joins it. It is dropped when the
-/// task ends, in whatever way.
+/// Dropped with the task, however it ends: its output, and the joiner's waker.
 struct JoinEnd<T>(Rc<Join<T>>);
 type Join<T> = (Cell<Option<T>>, Cell<Option<Waker>>);
 

@@ -357,6 +357,34 @@ fn an_event_reaches_all_tasks_that_wait_and_those_that_come_late() {
     block_on(&runtime, async move { event.wait().await });
 }
 
+/// Its socket is watched only once it has been polled, and another task takes longer than the quiet.
+#[test]
+fn a_drain_waits_for_what_a_task_that_was_just_spawned_has_to_read() {
+    let runtime = Runtime::new().unwrap();
+    let (io, mut peer) = pair(&runtime);
+    peer.write_all(b"0123456789").unwrap();
+    let (drainer, received) = (Rc::clone(&runtime), Rc::new(Cell::new(0)));
+    let count = Rc::clone(&received);
+    runtime.spawn(async move {
+        let close = Rc::new(Event::new(&drainer));
+        let closed = Rc::clone(&close);
+        drainer.spawn(async move {
+            let reads = async {
+                loop {
+                    read_byte(&io).await;
+                    count.set(count.get() + 1);
+                }
+            };
+            let _ = race(pin!(reads), closed.wait()).await;
+        });
+        drainer.drain_input(Instant::now() + HOUR).await;
+        close.set();
+    });
+    runtime.spawn(async { thread::sleep(QUIET) });
+    run(&runtime);
+    assert_eq!(received.get(), 10);
+}
+
 #[test]
 fn a_race_has_the_first_output_and_drops_the_other_future() {
     let runtime = Runtime::new().unwrap();
