@@ -329,13 +329,13 @@ impl Runtime {
         &self,
         future: F,
     ) -> impl Future<Output = Result<F::Output>> + Unpin + use<F> {
-        let state = Rc::new((Cell::new(None), Cell::new(None)));
+        let state = Rc::new((Cell::new(None), Cell::new(Some(Waker::noop().clone()))));
         let end = JoinEnd(Rc::clone(&state));
         // Boxed, because an async block holds twice what it awaits.
         let future = Box::pin(future);
         self.spawn(async move { end.0.0.set(Some(future.await)) });
         poll_fn(move |cx| {
-            if Rc::strong_count(&state) > 1 {
+            if let Some(_old) = state.1.take() {
                 state.1.set(Some(cx.waker().clone()));
                 return Poll::Pending;
             }
@@ -384,7 +384,7 @@ impl Drop for Sleep {
     }
 }
 
-/// Dropped with the task, however it ends: its output, and the joiner's waker.
+/// Dropped with the task, however it ends: its output, and the joiner's waker, `None` from then on.
 struct JoinEnd<T>(Rc<Join<T>>);
 type Join<T> = (Cell<Option<T>>, Cell<Option<Waker>>);
 

@@ -892,6 +892,20 @@ fn a_waker_may_run_any_code_when_it_is_dropped() {
 }
 
 #[test]
+fn a_joiner_that_is_polled_when_it_is_woken_finds_the_output() {
+    let runtime = Runtime::new().unwrap();
+    let (mut task, joined) = (runtime.spawn_join(ready(7)), Rc::new(Cell::new(None)));
+    let foreign = Waker::from(Arc::new(Calls));
+    assert!(Pin::new(&mut task).poll(&mut Context::from_waker(&foreign)).is_pending());
+    let set = Rc::clone(&joined);
+    ON_WAKE.with_borrow_mut(|calls| {
+        calls.push(Box::new(move || set.set(output(task).ok())));
+    });
+    run(&runtime);
+    assert_eq!(joined.get(), Some(7));
+}
+
+#[test]
 fn a_wake_up_while_the_loop_is_borrowed_counts() {
     let runtime = Runtime::new().unwrap();
     let task = runtime.spawn_join(async {
