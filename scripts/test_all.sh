@@ -496,6 +496,7 @@ chapter_v03() {
         check v03 "$name: the second client is served" check_second_is_served v03 "$name"
     done
     check v03 'REACTOR_CMD: tests another program' check_another_program
+    check v03 'grade.sh: passes the chapter, and no other program' check_grade
 }
 
 # ---- Chapter 4 -----------------------------------------------------------------------------------
@@ -1023,6 +1024,21 @@ check_another_program() {
     [[ -e used ]] || fail 'expected: the command in REACTOR_CMD is run'
     grep -q '^skipped: every_server::shows_every_step_on_request: ' err ||
         fail 'expected: the name of the skipped test' "got: $(excerpt err)"
+}
+
+# The chapter's own binary passes a case, and a program that is no server fails it.
+check_grade() {
+    grade_second_client "${binary[reactor-v03]}" --addr '{addr}'
+    expect_code 0
+    grep -q '^1 of 1 cases passed$' out || fail 'expected: the case passes' "got: $(excerpt out)"
+    grade_second_client false '{addr}'
+    expect_code 1
+    grep -q '^3.2 .* FAIL$' out || fail 'expected: the case fails' "got: $(excerpt out)"
+}
+
+grade_second_client() {
+    code=0
+    limited "$CARGO_LIMIT" "$ROOT/scripts/grade.sh" v03 --case second-client -- "$@" >out 2>err || code=$?
 }
 
 # ---- main ----------------------------------------------------------------------------------------

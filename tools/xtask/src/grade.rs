@@ -186,6 +186,30 @@ fn quoted(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pages::{Mention, mentions};
+    use crate::workspace::Workspace;
+
+    /// The tests and the sections of the book that the cases name.
+    #[test]
+    fn every_case_has_a_test_and_a_page() {
+        let workspace = Workspace::current().unwrap();
+        let read = |path: &str| workspace.read(path).unwrap();
+        let text = |start, end| workspace.files(start, end).map(read).collect::<String>();
+        let tests = text("tests/", ".rs");
+        for chapter in chapters(&workspace.root).unwrap().split(", ") {
+            let cases = Cases::read(&workspace.root, chapter).unwrap().cases;
+            for case in cases {
+                let test = case.test.rsplit("::").next().unwrap();
+                assert!(tests.contains(&format!("fn {test}(")), "{chapter}: no test {test}");
+                let (page, section) = case.page.split_once('#').unwrap();
+                let page = read(&format!("docs/src/{page}"));
+                let section = Mention::Anchor(section.to_owned());
+                let has_it = mentions(&page).iter().any(|(_, it)| *it == section);
+                assert!(has_it, "{chapter}: no section {}", case.page);
+                assert!(case.must.contains("MUST"), "{}", case.must);
+            }
+        }
+    }
 
     #[test]
     fn words_are_quoted_for_a_shell() {
