@@ -97,11 +97,11 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Console { check, pages } => console(&workspace, check, pages),
         Task::Answers { quick, patches } => answers(&workspace, patches, quick),
         Task::Grade { all, list, case, chapter, command } => {
-            let (cases, only) = (Cases::read(&workspace.root, &chapter)?, case.as_deref());
+            let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
             }
-            let passed = Grade::new(&workspace.root, &chapter, &command)?.run(&cases, only, all)?;
+            let passed = Grade::new(&workspace, &chapter, &command)?.run(&cases, only, all)?;
             ensure!(passed, "not all cases have passed");
             Ok(())
         }
