@@ -505,7 +505,7 @@ pub fn read_slowly(mut stream: &TcpStream) -> Vec<u8> {
         match stream.read(&mut block) {
             Ok(0) => break,
             Ok(len) => received.extend_from_slice(&block[..len]),
-            Err(err) => panic!("after {} bytes: {err}", received.len()),
+            Err(err) => panic!("after {} bytes: {}", received.len(), meaning(&err)),
         }
         if n % 16 == 0 {
             thread::sleep(Duration::from_millis(1));
