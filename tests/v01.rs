@@ -16,7 +16,7 @@ harness::every_server!(EXE, assert_greeted);
 
 #[track_caller]
 fn assert_greeted(client: &TcpStream) {
-    assert_eq!(read_to_end(client), GREETING);
+    harness::assert_bytes(read_to_end(client), GREETING);
 }
 
 #[test]

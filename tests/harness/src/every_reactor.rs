@@ -190,7 +190,7 @@ pub fn every_client_gets_its_own_bytes_back(chapter: Chapter) {
         }
         server.signal(Signal::SIGCONT);
         for (client, bytes) in &clients {
-            assert_eq!(&read(client, bytes.len()), bytes);
+            assert_bytes(read(client, bytes.len()), bytes);
         }
     }
 }
@@ -232,8 +232,7 @@ pub fn a_client_that_never_reads_costs_bounded_memory(chapter: Chapter) {
     let deaf = server.connect();
     chapter.stuff(&deaf);
     chapter.ping(&other, b"after");
-    let grown = server.status("VmRSS") - before;
-    assert!(grown < chapter.stuck_kib + 256, "by {grown} KiB");
+    server.assert_grown_at_most(chapter.stuck_kib + 256, before);
     wait_until_idle(&server);
     reset(deaf);
     chapter.ping(&other, b"and again");
@@ -253,8 +252,7 @@ pub fn clients_that_never_read_do_not_delay_others(chapter: Chapter) {
         }
         chapter.assert_served_within_the_second(&other);
     });
-    let grown = server.status("VmRSS") - before;
-    assert!(grown < 24 * chapter.stuck_kib + 256, "by {grown} KiB");
+    server.assert_grown_at_most(24 * chapter.stuck_kib + 256, before);
     chapter.ping(&other, b"after");
     wait_until_idle(&server);
 }
@@ -306,14 +304,13 @@ pub fn two_hundred_clients_that_stop_midway_cost_little(chapter: Chapter) {
     }
     chapter.ping(&other, b"served");
     wait_until_idle(&server);
-    let grown = server.status("VmRSS") - before;
-    assert!(grown < 200 * chapter.midway_kib + 256, "by {grown} KiB");
+    server.assert_grown_at_most(200 * chapter.midway_kib + 256, before);
     // They can continue later.
     for client in &clients {
         write(client, &message[half..]);
     }
     for client in &clients {
-        assert!(read(client, message.len()) == message);
+        assert_bytes(read(client, message.len()), &message);
     }
 }
 
@@ -434,8 +431,7 @@ fn assert_costs_no_memory(server: &Server, clients: impl Fn(usize), count: usize
     clients(count);
     let before = server.status("VmRSS");
     clients(count);
-    let grown = server.status("VmRSS").saturating_sub(before);
-    assert!(grown < count as u64, "by {grown} KiB");
+    server.assert_grown_at_most(count as u64, before);
 }
 
 /// Urgent data (MSG_OOB) is not part of the stream, and no server here asks for it.
@@ -446,7 +442,7 @@ pub fn urgent_data_does_no_harm(chapter: Chapter) {
     write(&client, &message[..4]);
     send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB).unwrap();
     write(&client, &message[4..]);
-    assert_eq!(read(&client, message.len()), message);
+    assert_bytes(read(&client, message.len()), message);
     wait_until_idle(&server);
 }
 
@@ -524,11 +520,13 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
         chapter.ping(client, b"hello");
     }
     let each = (server.status("VmRSS") - before) * 1024 / n as u64;
-    assert!(each <= chapter.idle, "{each} bytes each");
+    // Another program may have larger objects, but no block for each client either.
+    let limit = if crate::reactor_cmd().is_some() { 2048 } else { chapter.idle };
+    assert!(each <= limit, "each costs {each} bytes, and may cost {limit}");
     server.wait_until_asleep();
     server.signal(Signal::SIGTERM);
     assert_stopped_with_nothing_in_use(&mut server);
-    assert_eq!(read_to_end(&clients[0]), b"");
+    assert_bytes(read_to_end(&clients[0]), b"");
     // One after another they needed one block or two: one for input, one for output.
     let log = server.wait_for_log("stopped");
     assert!(
@@ -544,7 +542,7 @@ pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
         let idle = server.connect();
         chapter.ping(&idle, b"hello");
         server.signal(signal);
-        assert_eq!(read_to_end(&idle), b"");
+        assert_bytes(read_to_end(&idle), b"");
         let peer = idle.local_addr().unwrap();
         drop(idle);
         assert_stopped_with_nothing_in_use(&mut server);
@@ -648,7 +646,7 @@ pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
         let result = (&client).read_exact(&mut received);
         if server.is_running() && signalled.elapsed() < WITHIN_GRACE {
             assert!(result.is_ok() && received == messages, "{result:?}");
-            assert_eq!(read_to_end(&client), b"");
+            assert_bytes(read_to_end(&client), b"");
             drop(client);
             assert_stopped_with_nothing_in_use(&mut server);
             return;
@@ -712,7 +710,7 @@ pub fn the_stop_does_not_reset_clients_that_keep_sending(chapter: Chapter) {
                 scope.spawn(move || {
                     let writer = client.try_clone().unwrap();
                     scope.spawn(move || while (&writer).write_all(bytes).is_ok() {});
-                    assert!(read(&client, bytes.len()) == *bytes);
+                    assert_bytes(read(&client, bytes.len()), bytes);
                     begun.fetch_add(1, Ordering::Relaxed);
                     let mut received = Vec::new();
                     let result = (&client).read_to_end(&mut received);

@@ -283,6 +283,8 @@ pub fn warns_about_an_invalid_rust_log(exe: &str, works: Works) {
 pub fn sleeps_when_idle(exe: &str, works: Works) {
     let server = Server::start(exe);
     works(&server.connect());
+    // This one stays, and says nothing.
+    let _silent = server.connect();
     server.wait_until_asleep();
 }
 

@@ -20,6 +20,7 @@ pub mod every_router;
 pub mod every_server;
 pub mod every_udp;
 
+use std::collections::VecDeque;
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -28,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -43,6 +44,12 @@ use nix::unistd::Pid;
 /// The time limit for everything: far more than anything needs, so that only a hang reaches it.
 pub const LIMIT: Duration = Duration::from_secs(30);
 
+/// The same for what another program is to do: REACTOR_LIMIT, in seconds, or [`LIMIT`].
+static PATIENCE: LazyLock<Duration> = LazyLock::new(|| {
+    let seconds = env::var("REACTOR_LIMIT").ok().and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(LIMIT, Duration::from_secs)
+});
+
 /// How long to watch when nothing should happen.
 pub const QUIET: Duration = Duration::from_millis(300);
 
@@ -51,14 +58,20 @@ pub const QUIET: Duration = Duration::from_millis(300);
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < LIMIT, "timed out waiting until {what}");
+        assert!(
+            start.elapsed() < *PATIENCE,
+            "timed out after {:?}, waiting until {what}",
+            *PATIENCE
+        );
         thread::sleep(Duration::from_millis(2));
     }
 }
 
 /// The command of another program to test, if there is one.
-fn reactor_cmd() -> Option<String> {
-    env::var("REACTOR_CMD").ok().filter(|command| !command.is_empty())
+fn reactor_cmd() -> Option<&'static str> {
+    static COMMAND: LazyLock<Option<String>> =
+        LazyLock::new(|| env::var("REACTOR_CMD").ok().filter(|command| !command.is_empty()));
+    COMMAND.as_deref()
 }
 
 /// When another program is tested, skips a test that only the chapter's own program can pass.
@@ -204,6 +217,15 @@ impl Process {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
+    /// Checks that it has at most `limit` KiB more resident memory than `before`, which is in KiB too. Another
+    /// program may use other buffers, or collect its garbage later.
+    #[track_caller]
+    pub fn assert_grown_at_most(&self, limit: u64, before: u64) {
+        let grown = self.status("VmRSS").saturating_sub(before);
+        let limit = if reactor_cmd().is_some() { 2 * limit + 8192 } else { limit };
+        assert!(grown <= limit, "its memory has grown by {grown} KiB, and may by {limit} KiB");
+    }
+
     /// The name of each of its threads, and a field in proc_pid_status(5), such as `SigBlk:`.
     #[track_caller]
     pub fn threads(&self, field: &str) -> Vec<(String, String)> {
@@ -244,13 +266,14 @@ impl Process {
         instances.iter().map(|fd| info(fd).matches("tfd:").count()).collect()
     }
 
-    /// Waits until it sleeps, which means that it has not woken up for more than a second.
+    /// Waits until it sleeps, which means that for more than a second it has neither woken up nor run: a
+    /// process that never goes to sleep doesn't wake up either.
     #[track_caller]
     pub fn wait_until_asleep(&self) {
         wait_until("it sleeps", || {
-            let before = self.wake_ups();
+            let before = (self.wake_ups(), self.cpu());
             thread::sleep(4 * QUIET);
-            self.wake_ups() == before
+            (self.wake_ups(), self.cpu()) == before
         });
     }
 
@@ -281,6 +304,9 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         if thread::panicking() && reactor_cmd().is_some() {
+            for (client, len, start) in SENT.lock().unwrap().iter() {
+                eprintln!("sent     {} ({client}: {len} bytes)", hex_line(start));
+            }
             // It may be about to end, and its last output may still be in the pipe.
             thread::sleep(QUIET);
             if let Ok(Some(status)) = self.child.try_wait() {
@@ -324,7 +350,7 @@ impl Server {
     #[track_caller]
     pub fn start_on(exe: &str, addr: &str) -> Self {
         if let Some(command) = reactor_cmd() {
-            return Self::start_other(&command, addr, "");
+            return Self::start_other(command, addr, "");
         }
         Self::from(Command::new(exe).args(["--addr", addr]).env_remove("RUST_LOG"))
     }
@@ -341,7 +367,7 @@ impl Server {
     #[track_caller]
     pub fn start_under(exe: &str, limit: &str) -> Self {
         if let Some(command) = reactor_cmd() {
-            return Self::start_other(&command, "127.0.0.1:0", &format!("ulimit {limit}; "));
+            return Self::start_other(command, "127.0.0.1:0", &format!("ulimit {limit}; "));
         }
         let script = format!("ulimit {limit}; exec \"$0\" --addr 127.0.0.1:0");
         let mut command = Command::new("sh");
@@ -385,7 +411,7 @@ impl Server {
             let process = Process::start(&mut shell);
 
             let start = Instant::now();
-            while start.elapsed() < LIMIT && !process.has_ended() {
+            while start.elapsed() < *PATIENCE && !process.has_ended() {
                 if let Some(ipv6) = process.listens_on(port) {
                     // It may still have to open an fd for its event loop.
                     thread::sleep(QUIET / 3);
@@ -397,8 +423,8 @@ impl Server {
             }
             let lost_its_port = process.has_ended() && TcpListener::bind(&addr).is_err();
             if !lost_its_port || tries.next().is_none() {
-                let what = if process.has_ended() { "ended" } else { "ran for 30 s" };
-                panic!("REACTOR_CMD: {script:?} {what} without listening");
+                let what = if process.has_ended() { "ended" } else { "timed out" };
+                panic!("{what} without listening on {addr}: {script}");
             }
         }
     }
@@ -444,9 +470,12 @@ impl Server {
 /// Connects to `addr`. Reads and writes that take longer than [`LIMIT`] fail.
 #[track_caller]
 pub fn connect(addr: SocketAddr) -> TcpStream {
-    let stream = TcpStream::connect_timeout(&addr, LIMIT).expect("the server listens");
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
-    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    let stream = match TcpStream::connect_timeout(&addr, *PATIENCE) {
+        Ok(stream) => stream,
+        Err(err) => panic!("connecting: {}", meaning(&err)),
+    };
+    stream.set_read_timeout(Some(*PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(*PATIENCE)).unwrap();
     stream
 }
 
@@ -465,19 +494,48 @@ pub fn read(stream: &TcpStream, n: usize) -> Vec<u8> {
     let result = stream.take(n as u64).read_to_end(&mut bytes);
     match (result, bytes.len()) {
         (Ok(_), len) if len == n => bytes,
-        (Ok(_), len) => panic!("the server closed the connection after {len} of {n} bytes"),
+        (Ok(_), len) => panic!(
+            "the server closed the connection after {len} of {n} bytes: it gave up too early, or took \
+             something else for the end"
+        ),
         (Err(err), len) => panic!("after {len} of {n} bytes: {}", meaning(&err)),
     }
 }
 
-/// What an error of a read probably means.
+/// What an error of a socket probably means.
 fn meaning(err: &io::Error) -> String {
-    match err.kind() {
-        io::ErrorKind::WouldBlock => format!("nothing more came for {LIMIT:?}"),
-        io::ErrorKind::ConnectionReset => format!(
-            "{err}: the server has ended, or has closed its socket while there was something to read"
-        ),
-        _ => err.to_string(),
+    let why = match err.kind() {
+        io::ErrorKind::WouldBlock => {
+            return format!(
+                "timed out after {:?}: the server waits for something else, such as another client, \
+                 or it has missed an event",
+                *PATIENCE
+            );
+        }
+        io::ErrorKind::TimedOut => "its accept queue is full: it does not accept, or has stopped",
+        io::ErrorKind::ConnectionRefused => "it does not listen any more: it has ended",
+        io::ErrorKind::ConnectionReset => {
+            "the server has ended, or has closed its socket while there was something to read"
+        }
+        io::ErrorKind::BrokenPipe => "the server has closed the connection before this",
+        _ => return err.to_string(),
+    };
+    format!("{err}: {why}")
+}
+
+/// The last writes to another program, for the report: the client's address, the length, and the start.
+static SENT: Mutex<VecDeque<(SocketAddr, usize, Vec<u8>)>> = Mutex::new(VecDeque::new());
+
+/// Keeps the last few writes to another program.
+fn note_sent(stream: &TcpStream, bytes: &[u8]) {
+    if reactor_cmd().is_none() {
+        return;
+    }
+    let Ok(client) = stream.local_addr() else { return };
+    let mut sent = SENT.lock().unwrap();
+    sent.push_back((client, bytes.len(), bytes[..bytes.len().min(WIDTH)].to_vec()));
+    if sent.len() > 3 {
+        sent.pop_front();
     }
 }
 
@@ -517,15 +575,20 @@ pub fn read_slowly(mut stream: &TcpStream) -> Vec<u8> {
 /// Writes all of `bytes`.
 #[track_caller]
 pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
+    note_sent(stream, bytes);
     if let Err(err) = stream.write_all(bytes) {
-        panic!("writing {} bytes: {err}", bytes.len());
+        panic!("writing {} bytes: {}", bytes.len(), meaning(&err));
     }
 }
 
 /// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
-    wait_until("the peer has read everything", || peer_state(stream).1.ends_with(":00000000"));
+    wait_until("the peer has read everything", || {
+        let (state, queues) = peer_state(stream);
+        assert!(!state.is_empty(), "the server has closed the connection");
+        queues.ends_with(":00000000")
+    });
 }
 
 /// Waits until the peer, on this machine, has closed its end or shut it down for writing.
@@ -556,10 +619,12 @@ pub fn assert_silent(mut stream: &TcpStream) {
         match stream.read(&mut [0]) {
             Err(err) if err.kind() == io::ErrorKind::WouldBlock => break,
             Err(err) if err.kind() == io::ErrorKind::Interrupted => {}
-            other => panic!("expected silence, got {other:?}"),
+            Err(err) => panic!("expected silence: {}", meaning(&err)),
+            Ok(0) => panic!("the server closed the connection, which has to stay open"),
+            Ok(_) => panic!("a byte came, although the server has nothing to send yet"),
         }
     }
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(*PATIENCE)).unwrap();
 }
 
 /// Sends `bytes` and expects them back.
@@ -571,22 +636,27 @@ pub fn assert_echo(stream: &TcpStream, bytes: &[u8]) {
 
 /// Checks that the bytes that were received are the expected ones, and shows where they are not.
 #[track_caller]
-pub fn assert_bytes(received: &[u8], expected: &[u8]) {
+pub fn assert_bytes(received: impl AsRef<[u8]>, expected: impl AsRef<[u8]>) {
+    let (received, expected) = (received.as_ref(), expected.as_ref());
     assert!(received == expected, "{}", difference(expected, received));
+}
+
+/// How many bytes a line of a hex dump has.
+const WIDTH: usize = 16;
+
+/// One line of a hex dump, and the same as text.
+fn hex_line(bytes: &[u8]) -> String {
+    let bytes = &bytes[..bytes.len().min(WIDTH)];
+    let hex = bytes.iter().map(|byte| format!("{byte:02x} ")).collect::<String>();
+    format!("{hex:48} {}", bytes.escape_ascii())
 }
 
 /// Where the bytes that were received differ from those that were expected: the line of a hex dump with the
 /// first difference, and a mark below it.
 fn difference(expected: &[u8], received: &[u8]) -> String {
-    const WIDTH: usize = 16;
     let same = expected.iter().zip(received).take_while(|(a, b)| a == b).count();
     let start = same - same % WIDTH;
-    let line = |bytes: &[u8]| {
-        let bytes = &bytes[start.min(bytes.len())..];
-        let bytes = &bytes[..bytes.len().min(WIDTH)];
-        let hex = bytes.iter().map(|byte| format!("{byte:02x} ")).collect::<String>();
-        format!("{hex:48} {}", bytes.escape_ascii())
-    };
+    let line = |bytes: &[u8]| hex_line(&bytes[start.min(bytes.len())..]);
     let mark = " ".repeat(3 * (same - start)) + "^^";
     let (wanted, got) = (line(expected), line(received));
     let (n, of) = (received.len(), expected.len());
@@ -599,13 +669,16 @@ fn difference(expected: &[u8], received: &[u8]) -> String {
 /// back meanwhile, so that the two sides cannot deadlock.
 #[track_caller]
 pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
+    note_sent(stream, &bytes);
     let mut writer = stream.try_clone().unwrap();
     let sender = thread::spawn(move || {
         writer.write_all(&bytes)?;
         writer.shutdown(Shutdown::Write)
     });
     let received = read_to_end(stream);
-    sender.join().unwrap().expect("everything can be sent");
+    if let Err(err) = sender.join().unwrap() {
+        panic!("writing: {}", meaning(&err));
+    }
     received
 }
 
@@ -623,7 +696,8 @@ pub fn send_until_stuck(mut stream: &TcpStream, bytes: &[u8]) -> usize {
             Err(err) => panic!("after {sent} bytes: {err}"),
         }
     }
-    stream.set_write_timeout(Some(LIMIT)).unwrap();
+    stream.set_write_timeout(Some(*PATIENCE)).unwrap();
+    note_sent(stream, &bytes[..sent]);
     sent
 }
 

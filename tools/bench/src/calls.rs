@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 
 use crate::load::{self, Scenario};
-use crate::target::{Server, Target};
+use crate::target::Target;
 
 /// How long strace may take to write its report after the server has ended.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -31,19 +31,19 @@ pub fn can_count() -> bool {
     status.is_ok_and(|status| status.success())
 }
 
-/// Returns the calls that `server` makes per reply, on average. Takes the difference between a
-/// short run and a longer one, so that one-time calls at startup and on connect do not count.
+/// Returns the calls per reply, on average, of the server that `start` runs under strace with a report for
+/// the path that it gets. Takes the difference between a short run and a longer one, so that one-time calls
+/// at startup and on connect do not count.
 ///
 /// # Errors
 /// The server or strace cannot be run.
 pub fn run(
-    server: &Server,
+    start: &dyn Fn(&Path) -> anyhow::Result<Target>,
     scenario: &Scenario,
     duration: Duration,
-    cpu: usize,
 ) -> anyhow::Result<BTreeMap<String, f64>> {
-    let once = count(server, scenario, Duration::ZERO, cpu)?;
-    let more = count(server, scenario, duration, cpu)?;
+    let once = count(start, scenario, Duration::ZERO)?;
+    let more = count(start, scenario, duration)?;
     let replies = more.replies.saturating_sub(once.replies) as f64;
     let mut calls = BTreeMap::new();
     for (name, n) in more.calls {
@@ -58,13 +58,12 @@ pub fn run(
 }
 
 fn count(
-    server: &Server,
+    start: &dyn Fn(&Path) -> anyhow::Result<Target>,
     scenario: &Scenario,
     duration: Duration,
-    cpu: usize,
 ) -> anyhow::Result<Count> {
     let report = std::env::temp_dir().join(format!("bench-strace-{}", std::process::id()));
-    let target = Target::start(server.command_counted(&report)?, Some(cpu))?;
+    let target = start(&report)?;
     let warm_up = Duration::from_millis(100);
     let figures = load::run(&target, scenario, warm_up, duration)?;
     drop(target);

@@ -273,7 +273,10 @@ impl Bench {
     }
 
     fn calls(&self, server: &Server, scenario: &Scenario) -> anyhow::Result<Calls> {
-        let per_reply = calls::run(server, scenario, self.duration, self.server_cpu)?;
+        let start = |report: &Path| {
+            Target::start(target::counted(&server.command()?, report), Some(self.server_cpu))
+        };
+        let per_reply = calls::run(&start, scenario, self.duration)?;
         Ok(Calls { server: server.name.clone(), scenario: scenario.to_string(), per_reply })
     }
 }

@@ -2,15 +2,18 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+
+/// How long a program may take until it listens.
+const START_LIMIT: Duration = Duration::from_secs(10);
 
 /// One of the programs that are compared.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,7 +54,7 @@ impl Server {
     /// Chapter 5 and later limit the number of clients, which no peer does. Chapter 8 and later have
     /// several threads, of which the processor that they are pinned to could only run one. Chapter 13 is
     /// chapter 4 again.
-    fn args(&self) -> &[&str] {
+    pub fn args(&self) -> &[&str] {
         const ARGS: [&str; 6] =
             ["--addr", "127.0.0.1:0", "--max-conns", "1000000", "--threads", "1"];
         match self.name.strip_prefix("reactor-") {
@@ -85,18 +88,15 @@ impl Server {
         }
         Ok(command)
     }
+}
 
-    /// [`command`](Self::command) under strace(1), which writes how often it made each call to `report` at the end.
-    ///
-    /// # Errors
-    /// There is no such program in the directory of this one.
-    pub fn command_counted(&self, report: &Path) -> anyhow::Result<Command> {
-        let mut command = Command::new("strace");
-        // -D: strace runs as a detached grandchild, so that the child process is the server.
-        command.args(["-D", "-f", "-c", "-o"]).arg(report);
-        command.arg(self.command()?.get_program()).args(self.args());
-        Ok(command)
-    }
+/// `command` under strace(1), which writes how often it made each call to `report` at the end.
+pub fn counted(command: &Command, report: &Path) -> Command {
+    let mut strace = Command::new("strace");
+    // -D: strace runs as a detached grandchild, so that the child process is the server.
+    strace.args(["-D", "-f", "-c", "-o"]).arg(report);
+    strace.arg(command.get_program()).args(command.get_args());
+    strace
 }
 
 /// A running server. Killed when dropped.
@@ -131,15 +131,38 @@ impl Target {
         };
         // The rest of its log must not fill the pipe.
         thread::spawn(move || stderr.read_to_end(&mut Vec::new()));
-        let target = Self { child, addr };
+        Self { child, addr }.pinned(cpu)
+    }
+
+    /// Starts a program that says nothing and is to listen on `addr`, and waits until it does. Pins it to the
+    /// processor `cpu`, if any.
+    ///
+    /// # Errors
+    /// It cannot be started, or nobody can connect.
+    pub fn start_silent(
+        mut command: Command,
+        addr: SocketAddr,
+        cpu: Option<usize>,
+    ) -> anyhow::Result<Self> {
+        let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let target = Self { child: command.spawn().context("cannot start the server")?, addr };
+        let start = Instant::now();
+        while let Err(err) = TcpStream::connect(addr) {
+            ensure!(start.elapsed() < START_LIMIT, "the server does not listen on {addr}: {err}");
+            thread::sleep(Duration::from_millis(10));
+        }
+        target.pinned(cpu)
+    }
+
+    fn pinned(self, cpu: Option<usize>) -> anyhow::Result<Self> {
         if let Some(cpu) = cpu {
             // sched_setaffinity(2) is about one thread, and threads inherit it only from then on.
-            for task in fs::read_dir(format!("/proc/{}/task", target.child.id()))? {
+            for task in fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
                 let id = task?.file_name().to_string_lossy().parse()?;
                 pin(Pid::from_raw(id), cpu)?;
             }
         }
-        Ok(target)
+        Ok(self)
     }
 
     /// The CPU time that all its threads have used.

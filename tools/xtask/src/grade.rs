@@ -2,12 +2,23 @@
 //! chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
 
 use std::env;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
 
+use crate::notes;
 use crate::workspace::Workspace;
+
+/// How long a test waits for the server on a machine that is quick and has nothing else to do.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a byte and its echo between two threads take there.
+const ROUND_TRIP: Duration = Duration::from_micros(25);
 
 /// The cases of one chapter, in the order in which you would build the server.
 #[derive(Deserialize)]
@@ -37,6 +48,8 @@ pub struct Grade<'a> {
     workspace: &'a Workspace,
     chapter: &'a str,
     command: String,
+    /// How long a test waits for the server.
+    patience: Duration,
 }
 
 impl Cases {
@@ -83,37 +96,59 @@ impl<'a> Grade<'a> {
             "the command has to contain {{addr}}, which stands for the HOST:PORT to listen on"
         );
         let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
-        Ok(Self { workspace, chapter, command })
+        // On a machine that takes longer for everything, the server may too.
+        let slowness = round_trip()?.as_secs_f64() / ROUND_TRIP.as_secs_f64();
+        let patience = PATIENCE.mul_f64(slowness.clamp(1.0, 6.0));
+        Ok(Self { workspace, chapter, command, patience })
     }
 
-    /// Runs the cases, up to the first failure or all of them. Returns whether all have passed.
-    pub fn run(&self, cases: &Cases, only: Option<&str>, all: bool) -> Result<bool> {
+    /// Runs the cases, up to the first failure or all of them, and writes the report to `out`. Returns whether
+    /// all have passed.
+    pub fn run(
+        &self,
+        cases: &Cases,
+        only: Option<&str>,
+        all: bool,
+        out: &mut impl Write,
+    ) -> Result<bool> {
         let cases = cases.numbered(self.chapter, only)?;
-        let built = self.test(&["--no-run"])?;
+        let built = self.test(&["--no-run"], self.patience)?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         let mut passed = 0;
         for (id, case) in &cases {
-            print!("{id:5} {:16} ", case.name);
+            write!(out, "{id:5} {:16} ", case.name)?;
             // The line is complete after the case, which may take a while.
-            std::io::Write::flush(&mut std::io::stdout())?;
+            out.flush()?;
             let Some(why) = self.failure(case)? else {
-                println!("pass");
+                writeln!(out, "pass")?;
                 passed += 1;
                 continue;
             };
-            println!("FAIL");
-            self.explain(id, case, &why);
+            writeln!(out, "FAIL")?;
+            self.explain(id, case, &why, out)?;
             if !all {
                 break;
             }
         }
-        println!("\n{passed} of {} cases passed", cases.len());
+        writeln!(out, "\n{passed} of {} cases passed", cases.len())?;
+        if only.is_none() && passed == cases.len() {
+            notes::print(self.chapter, &self.command)?;
+        }
         Ok(passed == cases.len())
     }
 
-    /// Runs a case. If it fails, returns what its test says.
+    /// Runs a case, and a second time with twice the patience if that was the matter. If it fails, returns
+    /// what its test says.
     fn failure(&self, case: &Case) -> Result<Option<String>> {
-        let output = self.test(&["--", "--exact", &case.test])?;
+        let why = self.failure_within(case, self.patience)?;
+        if why.as_ref().is_some_and(|why| why.contains("timed out")) {
+            return self.failure_within(case, 2 * self.patience);
+        }
+        Ok(why)
+    }
+
+    fn failure_within(&self, case: &Case, patience: Duration) -> Result<Option<String>> {
+        let output = self.test(&["--", "--exact", &case.test], patience)?;
         let stdout = String::from_utf8_lossy(&output.stdout);
         // Neither would say anything about the server, and both end with success.
         let is_skipped = String::from_utf8_lossy(&output.stderr).contains("skipped: ");
@@ -123,27 +158,54 @@ impl<'a> Grade<'a> {
     }
 
     /// Runs cargo test for the chapter's tests, with the learner's server in place of the chapter's.
-    fn test(&self, args: &[&str]) -> Result<Output> {
+    fn test(&self, args: &[&str], patience: Duration) -> Result<Output> {
         let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo
             .args(["test", "--locked", "--manifest-path"])
             .arg(self.workspace.root.join("Cargo.toml"));
         cargo.args(["--package", &format!("reactor-{}", self.chapter), "--test", self.chapter]);
         cargo.args(args).env("REACTOR_CMD", &self.command).env_remove("RUST_BACKTRACE");
+        cargo.env("REACTOR_LIMIT", patience.as_secs().to_string());
         cargo.output().context("cannot run cargo")
     }
 
-    fn explain(&self, id: &str, case: &Case, why: &str) {
-        println!("\n  {}\n", case.must);
+    fn explain(&self, id: &str, case: &Case, why: &str, out: &mut impl Write) -> Result<()> {
+        writeln!(out, "\n  {}\n", case.must)?;
         for line in why.lines() {
-            println!("  {line}");
+            writeln!(out, "  {line}")?;
         }
-        println!("\n  read   docs/src/{}", case.page);
+        writeln!(out, "\n  read   docs/src/{}", case.page)?;
         if let Some(command) = &case.by_hand {
-            println!("  try    {command}");
+            writeln!(out, "  try    {command}")?;
         }
-        println!("  again  scripts/grade.sh {} --case {id} -- {}", self.chapter, self.command);
+        writeln!(
+            out,
+            "  again  scripts/grade.sh {} --case {id} -- {}",
+            self.chapter, self.command
+        )?;
+        Ok(())
     }
+}
+
+/// How long a byte and its echo over loopback take now, on average.
+fn round_trip() -> Result<Duration> {
+    const TIMES: u32 = 1000;
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mut client = TcpStream::connect(listener.local_addr()?)?;
+    let (mut server, _) = listener.accept()?;
+    let start = Instant::now();
+    let echo = thread::spawn(move || {
+        let mut byte = [0];
+        (0..TIMES)
+            .try_for_each(|_| server.read_exact(&mut byte).and_then(|()| server.write_all(&byte)))
+    });
+    let mut byte = [0];
+    for _ in 0..TIMES {
+        client.write_all(&byte)?;
+        client.read_exact(&mut byte)?;
+    }
+    echo.join().map_err(|_| anyhow!("the echo has panicked"))??;
+    Ok(start.elapsed() / TIMES)
 }
 
 /// What a failed test says, from the output of libtest: its message, then what the server wrote.

@@ -7,11 +7,13 @@ mod console;
 mod curve;
 mod grade;
 mod mentions;
+mod notes;
 mod pages;
 mod phrases;
 mod picture;
 mod sequence;
 mod sources;
+mod verdicts;
 mod workspace;
 
 use std::collections::BTreeMap;
@@ -61,6 +63,12 @@ enum Task {
         /// Only these patches, for example docs/src/answers/v01-1.patch
         patches: Vec<String>,
     },
+    /// Grades servers with one mistake each, and updates what the grader says of them
+    Verdicts {
+        /// Changes nothing, and fails if a verdict differs
+        #[arg(long)]
+        check: bool,
+    },
     /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
     Grade {
         /// Goes on after a failure
@@ -96,12 +104,20 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Docs { check } => docs(&workspace, check),
         Task::Console { check, pages } => console(&workspace, check, pages),
         Task::Answers { quick, patches } => answers(&workspace, patches, quick),
+        Task::Verdicts { check } => {
+            let now = verdicts::replay(&workspace, check)?;
+            if !check {
+                fs::write(workspace.root.join(verdicts::FILE), now)?;
+            }
+            Ok(())
+        }
         Task::Grade { all, list, case, chapter, command } => {
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
             }
-            let passed = Grade::new(&workspace, &chapter, &command)?.run(&cases, only, all)?;
+            let grade = Grade::new(&workspace, &chapter, &command)?;
+            let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;
             ensure!(passed, "not all cases have passed");
             Ok(())
         }
