@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Grades a server of your own, in any language, by a chapter's cases. The command may be relative.
+# Grades a server of your own, in any language, by a chapter's cases (the command may be relative), or your
+# solution of an exercise: scripts/grade.sh exercise v03-2
 set -euo pipefail
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
-exec cargo run --quiet --locked --manifest-path "$root/Cargo.toml" --package xtask -- grade "$@"
+[[ ${1-} == exercise ]] || set -- grade "$@"
+exec cargo run --quiet --locked --manifest-path "$root/Cargo.toml" --package xtask -- "$@"

@@ -209,7 +209,7 @@ fn round_trip() -> Result<Duration> {
 }
 
 /// What a failed test says, from the output of libtest: its message, then what the server wrote.
-fn report(stdout: &str) -> String {
+pub(crate) fn report(stdout: &str) -> String {
     let lines = stdout.lines().skip_while(|line| !line.starts_with("---- ")).skip(1);
     let lines = lines.take_while(|line| *line != "failures:");
     let (mut report, mut prefix) = (String::new(), "");

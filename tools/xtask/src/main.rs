@@ -25,6 +25,7 @@ use bench::latency::Latency;
 use bench::report::Report;
 use clap::{Parser, Subcommand};
 
+use crate::answers::WorkspaceCopy;
 use crate::grade::{Cases, Grade};
 use crate::sources::Sources;
 use crate::workspace::{Workspace, beside};
@@ -54,7 +55,8 @@ enum Task {
         /// Only these pages, for example README.md or docs/src/v01.md
         pages: Vec<String>,
     },
-    /// Applies each answer to an exercise to a copy of the workspace, and tests it there
+    /// Applies each answer to an exercise to a copy of the workspace, and tests it there. Without the
+    /// rest of the answer, its tests have to fail
     Answers {
         /// Runs only the tests that an answer names, not all of its chapter's: a few seconds for
         /// each answer instead of half a minute
@@ -68,6 +70,12 @@ enum Task {
         /// Changes nothing, and fails if a verdict differs
         #[arg(long)]
         check: bool,
+    },
+    /// Grades your solution of an exercise: runs its tests, those of the answer, on your working tree as
+    /// it is. Changes nothing there
+    Exercise {
+        /// The chapter and the number, for example v03-2
+        id: String,
     },
     /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
     Grade {
@@ -109,6 +117,11 @@ fn run(task: Task) -> anyhow::Result<()> {
             if !check {
                 fs::write(workspace.root.join(verdicts::FILE), now)?;
             }
+            Ok(())
+        }
+        Task::Exercise { id } => {
+            let passed = WorkspaceCopy::of(&workspace)?.grade(&workspace, &id)?;
+            ensure!(passed, "{id} isn't solved yet");
             Ok(())
         }
         Task::Grade { all, list, case, chapter, command } => {
@@ -199,7 +212,11 @@ fn answers(workspace: &Workspace, mut patches: Vec<String>, quick: bool) -> anyh
     if patches.is_empty() {
         patches.extend(workspace.answers().map(str::to_owned));
     }
-    let copy = answers::WorkspaceCopy::of(workspace)?;
+    let copy = WorkspaceCopy::of(workspace)?;
+    // All at first, as the chapters' programs are the same for all of them.
+    for patch in &patches {
+        copy.check_tests(&workspace.root.join(patch)).with_context(|| patch.clone())?;
+    }
     for patch in patches {
         copy.check(&workspace.root.join(&patch), quick).with_context(|| patch.clone())?;
         println!("{patch}: ok");
