@@ -12,10 +12,12 @@ mod phrases;
 mod picture;
 mod sequence;
 mod sources;
+mod starter;
 mod workspace;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
@@ -72,10 +74,16 @@ enum Task {
         /// Only the case with this number or name, for example 3.4 or slow-reader
         #[arg(long, value_name = "CASE")]
         case: Option<String>,
+        /// Makes a crate to begin with, in the new folder DIR
+        #[arg(long, requires = "dir")]
+        start: bool,
         /// The chapter, for example v03
         chapter: String,
+        /// Where --start makes the crate
+        #[arg(requires = "start")]
+        dir: Option<PathBuf>,
         /// How to start the server; {addr} stands for the HOST:PORT to listen on
-        #[arg(last = true, required_unless_present = "list")]
+        #[arg(last = true, required_unless_present_any = ["list", "start"])]
         command: Vec<String>,
     },
 }
@@ -96,7 +104,8 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Docs { check } => docs(&workspace, check),
         Task::Console { check, pages } => console(&workspace, check, pages),
         Task::Answers { quick, patches } => answers(&workspace, patches, quick),
-        Task::Grade { all, list, case, chapter, command } => {
+        Task::Grade { chapter, dir: Some(dir), .. } => starter::make(&workspace, &chapter, &dir),
+        Task::Grade { all, list, case, chapter, command, .. } => {
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
