@@ -234,9 +234,8 @@ pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
     let (start, end) = ("reactor-", "/Cargo.toml");
     let chapters =
         workspace.files(start, end).map(|path| &path[start.len()..path.len() - end.len()]);
-    let chapters: Vec<&str> = chapters.collect();
-    let list = chapters.join(", ");
-    ensure!(chapters.contains(&chapter), "no chapter {chapter:?}, but {list}");
+    let chapters: BTreeSet<&str> = chapters.collect();
+    ensure!(chapters.contains(chapter), "no chapter {chapter:?}, but {chapters:?}");
     // As in scripts/chapters.sh.
     let servers = chapters.iter().copied().filter(|name| !name.contains('-'));
     let before = match chapter.split_once('-') {
