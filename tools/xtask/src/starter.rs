@@ -8,10 +8,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{self, Path};
 
 use anyhow::{Context, Result, ensure};
-use proc_macro2::{TokenStream, TokenTree};
+use proc_macro2::{Span, TokenStream, TokenTree};
 use regex::Regex;
 use syn::spanned::Spanned;
 
@@ -43,8 +43,6 @@ struct Source {
 struct Part {
     /// What others call it; for an `impl` block its type.
     name: String,
-    /// Its path within the file.
-    path: String,
     since: String,
     range: Range<usize>,
     /// The body of a function that can do without it.
@@ -56,48 +54,43 @@ struct Part {
 impl Source {
     fn parse(text: String) -> Result<Self> {
         let module = since(text.lines(), "//!").unwrap_or_default();
-        let mut source =
-            Self { parts: Vec::new(), idents: Vec::new(), since: module.clone(), text };
-        source.add_idents(source.text.parse().map_err(|err| anyhow::anyhow!("{err}"))?);
+        let (parts, idents) = (Vec::new(), Vec::new());
+        let mut source = Self { text, parts, idents, since: module.clone() };
+        source.add_idents(syn::parse_str(&source.text)?);
         let mut types = BTreeMap::new();
-        for item in syn::parse_file(&source.text)?.items {
-            let Some(ident) = ident_of(&item) else {
-                if let syn::Item::Impl(it) = item {
-                    source.add_impl(&it, &types);
-                }
-                continue;
-            };
-            let name = ident.to_string();
-            let part = source.part(&name, "", item.span(), &module);
-            types.insert(name, part.since.clone());
-            source.parts.push(match &item {
-                syn::Item::Fn(it) => Part { body: source.body(&it.sig, &it.block), ..part },
-                _ => part,
-            });
+        for item in &syn::parse_file(&source.text)?.items {
+            if let syn::Item::Impl(it) = item {
+                source.add_impl(it, &types);
+            } else if let Some(ident) = ident_of(item) {
+                let part = source.part(ident.to_string(), item.span(), &module);
+                types.insert(part.name.clone(), part.since.clone());
+                source.parts.push(match item {
+                    syn::Item::Fn(it) => Part { body: source.body(&it.sig, &it.block), ..part },
+                    _ => part,
+                });
+            }
         }
         Ok(source)
     }
 
-    fn part(&self, name: &str, within: &str, span: proc_macro2::Span, before: &str) -> Part {
+    /// `outer` is when what the part is in came in.
+    fn part(&self, name: String, span: Span, outer: &str) -> Part {
         let range = span.byte_range();
         let since = since(self.text[range.clone()].lines(), "///");
-        let since = since.unwrap_or_else(|| before.to_owned());
-        let path = format!("{within}::{name}");
-        Part { name: name.to_owned(), path, since, range, body: None, stands_alone: true }
+        let since = since.unwrap_or_else(|| outer.to_owned());
+        Part { name, since, range, body: None, stands_alone: true }
     }
 
     fn add_impl(&mut self, item: &syn::ItemImpl, types: &BTreeMap<String, String>) {
-        let header = item.impl_token.span().byte_range().start;
-        let header = &self.text[header..item.brace_token.span.open().byte_range().start].to_owned();
-        let ty = item.self_ty.span().byte_range();
-        let ty = self.text[ty].trim_start_matches('&').split(['<', ' ']).next().unwrap_or_default();
-        let before = types.get(ty).unwrap_or(&self.since).clone();
-        self.parts.push(self.part(ty, header, item.span(), &before));
-        for item in &item.items {
-            let syn::ImplItem::Fn(it) = item else { continue };
-            let part = self.part(&it.sig.ident.to_string(), header, it.span(), &before);
-            let stands_alone = !header.contains(" for ");
-            self.parts.push(Part { body: self.body(&it.sig, &it.block), stands_alone, ..part });
+        let ty = self.text[item.self_ty.span().byte_range()].trim_start_matches('&');
+        let ty = ty.split('<').next().unwrap_or_default().to_owned();
+        let outer = types.get(&ty).unwrap_or(&self.since).clone();
+        self.parts.push(self.part(ty, item.span(), &outer));
+        for it in &item.items {
+            let syn::ImplItem::Fn(it) = it else { continue };
+            let part = self.part(it.sig.ident.to_string(), it.span(), &outer);
+            let (body, stands_alone) = (self.body(&it.sig, &it.block), item.trait_.is_none());
+            self.parts.push(Part { body, stands_alone, ..part });
         }
     }
 
@@ -153,19 +146,18 @@ fn common<'a>(
     is_skipped: impl Fn(&str) -> bool,
 ) -> BTreeMap<&'a str, String> {
     let is_by_then = |source: &Source| *source.since <= *chapter;
-    let here = || {
-        common.iter().filter(|(path, source)| {
-            let name = format!("crate::{}::", path.trim_end_matches(".rs"));
-            is_by_then(source)
-                || common.values().any(|it| is_by_then(it) && it.text.contains(&name))
-        })
-    };
+    let here = common.iter().filter(|(path, source)| {
+        let path = format!("crate::{}::", path.trim_end_matches(".rs"));
+        let names_it = |it: &Source| is_by_then(it) && it.text.contains(&path);
+        is_by_then(source) || common.values().any(names_it)
+    });
+    let here: BTreeMap<&str, &Source> = here.map(|(path, source)| (*path, source)).collect();
     let mut named: BTreeSet<&str> = BTreeSet::new();
     loop {
         let is_out =
             |it: &Part| it.stands_alone && *it.since > *chapter && !named.contains(&*it.name);
         // What an item names that stays has to stay too.
-        let found = own.values().chain(here().map(|(_, source)| source)).flat_map(|source| {
+        let found = own.values().chain(here.values().copied()).flat_map(|source| {
             let out = source.parts.iter().filter(|part| is_out(part));
             let out: Vec<_> = out.map(|part| part.range.clone()).collect();
             let stays = move |at: &usize| !out.iter().any(|range| range.contains(at));
@@ -173,7 +165,7 @@ fn common<'a>(
         });
         let found: BTreeSet<&str> = found.collect();
         if found.len() == named.len() {
-            let files = here().map(|(path, source)| {
+            let files = here.iter().map(|(path, source)| {
                 let is_todo = |part: &Part| part.since == chapter && !is_skipped(path);
                 (*path, source.with(is_out, is_todo))
             });
@@ -229,89 +221,87 @@ fn sources<'a>(workspace: &'a Workspace, folder: &'a str) -> Result<BTreeMap<&'a
     sources.collect()
 }
 
-/// Makes the starter of `chapter`, for example `v03`, in `dir`.
-pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
-    let (start, end) = ("reactor-", "/Cargo.toml");
-    let chapters =
-        workspace.files(start, end).map(|path| &path[start.len()..path.len() - end.len()]);
-    let chapters: BTreeSet<&str> = chapters.collect();
-    ensure!(chapters.contains(chapter), "no chapter {chapter:?}, but {chapters:?}");
-    // As in scripts/chapters.sh.
-    let servers = chapters.iter().copied().filter(|name| !name.contains('-'));
-    let before = match chapter.split_once('-') {
+/// The chapter with which to compare `chapter`, as in scripts/chapters.sh.
+fn predecessor<'a>(chapters: &BTreeSet<&'a str>, chapter: &'a str) -> Option<&'a str> {
+    let mut servers = chapters.iter().filter(|name| !name.contains('-'));
+    match chapter.split_once('-') {
         Some((server, _)) => Some(server),
         None if chapter == "v13" => Some("v04"),
-        None => servers.take_while(|name| *name != chapter).last(),
-    };
+        None => servers.rfind(|name| **name < chapter).copied(),
+    }
+}
 
-    let folder = format!("reactor-{chapter}/src/");
+/// The files of the starter but its README, by their paths.
+fn files(workspace: &Workspace, chapter: &str) -> Result<BTreeMap<String, String>> {
+    let (start, end) = ("reactor-", "/Cargo.toml");
+    let chapters = workspace.files(start, end);
+    let chapters = chapters.map(|path| &path[start.len()..path.len() - end.len()]).collect();
+    let predecessor = predecessor(&chapters, chapter);
+    ensure!(chapters.contains(chapter), "no chapter {chapter:?}, but {chapters:?}");
+    let (package, mut files) = (format!("reactor-{chapter}"), BTreeMap::new());
+
+    let folder = format!("{package}/src/");
     let own = sources(workspace, &folder)?;
-    let before = before.map(|name| format!("reactor-{name}/src/"));
-    let old = before.as_ref().map(|folder| sources(workspace, folder)).transpose()?;
+    for (path, source) in &own {
+        let old = predecessor.map(|name| workspace.read(&format!("reactor-{name}/src/{path}")));
+        let old = old.and_then(Result::ok).unwrap_or_default();
+        let is_new = |part: &Part| !old.contains(&source.text[part.range.clone()]);
+        let text = source.with(|_| false, |part| part.name != "main" && is_new(part));
+        let is_root = *path == "main.rs" || path.starts_with("bin/");
+        let text = if is_root { with_allow(&text) } else { text };
+        files.insert(format!("src/{}", path.replace(&package, "mine")), text);
+    }
+
     let pages = workspace.pages().map(|path| workspace.read(path)).collect::<Result<String>>()?;
     let is_skipped = |path: &str| pages.contains(&format!("{COMMON}{path} (skip at first)"));
     let all = sources(workspace, COMMON)?;
     let common = common(chapter, &all, &own, is_skipped);
-
-    let mut files = BTreeMap::new();
-    for (path, source) in &own {
-        let old = old.as_ref().and_then(|old| old.get(path));
-        let is_todo = |part: &Part| {
-            let is_same = |it: &Part, old: &Source| {
-                it.path == part.path
-                    && old.text[it.range.clone()] == source.text[part.range.clone()]
-            };
-            part.name != "main"
-                && !old.is_some_and(|old| old.parts.iter().any(|it| is_same(it, old)))
-        };
-        let text = source.with(|_| false, is_todo);
-        let is_root = *path == "main.rs" || path.starts_with("bin/");
-        let path = path.replace(&format!("reactor-{chapter}"), "mine");
-        files.insert(format!("src/{path}"), if is_root { with_allow(&text) } else { text });
-    }
+    let empty = Regex::new(r"\n\nimpl.* \{\n\}")?;
     for (path, text) in &common {
-        let text = Regex::new(r"\n\nimpl.* \{\n\}")?.replace_all(text, "");
-        files.insert(format!("{COMMON}{path}"), text.into_owned());
+        files.insert(format!("{COMMON}{path}"), empty.replace_all(text, "").into_owned());
     }
-    let lib = files.get_mut("common/src/lib.rs").context("no common/src/lib.rs")?;
-    *lib = with_allow(lib);
+    let mut lib = with_allow(&workspace.read("common/src/lib.rs")?);
     for path in all.keys().filter(|path| !common.contains_key(*path)) {
         let name = path.trim_end_matches(".rs");
         let lines = format!(r"(?m)^(//! \| \[?`{name}`.*|#\[cfg.*\]\npub mod {name};)\n");
-        *lib = Regex::new(&lines)?.replace_all(lib, "").into_owned();
+        lib = Regex::new(&lines)?.replace_all(&lib, "").into_owned();
     }
-    let has_config = common.contains_key("config.rs");
-    let shared = workspace.read("Cargo.toml")?;
+    files.insert("common/src/lib.rs".to_owned(), lib);
+
+    let (shared, has_config) = (workspace.read("Cargo.toml")?, common.contains_key("config.rs"));
     let read = |path: &str| manifest(&workspace.read(path)?, &shared, has_config);
     files.insert("common/Cargo.toml".to_owned(), read("common/Cargo.toml")?);
-    let own = read(&format!("reactor-{chapter}/Cargo.toml"))?;
-    let own = own.replace(&format!("reactor-{chapter}"), "mine") + WORKSPACE;
-    files.insert("Cargo.toml".to_owned(), own);
-    for name in ["Cargo.lock", "rustfmt.toml"] {
-        files.insert(name.to_owned(), workspace.read(name)?);
-    }
+    let own = read(&format!("{package}/Cargo.toml"))?.replace(&package, "mine");
+    files.insert("Cargo.toml".to_owned(), own + WORKSPACE);
+    files.insert("Cargo.lock".to_owned(), workspace.read("Cargo.lock")?);
+    files.insert("rustfmt.toml".to_owned(), workspace.read("rustfmt.toml")?);
     files.insert(".gitignore".to_owned(), "/target\n".to_owned());
+    Ok(files)
+}
 
-    // Nothing is written before all of this has succeeded.
+/// Makes the starter of `chapter`, for example `v03`, in `dir`.
+pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
+    let mut files = files(workspace, chapter)?;
     let parent = dir.parent().filter(|parent| !parent.as_os_str().is_empty());
     let place = if dir.exists() { dir } else { parent.unwrap_or(Path::new(".")) };
     let place = place.canonicalize().with_context(|| place.display().to_string())?;
     ensure!(!place.starts_with(&workspace.root), "{} is in the course's folder", dir.display());
     ensure!(!dir.exists() || fs::read_dir(dir)?.next().is_none(), "{} is not empty", dir.display());
-    let page = chapter.rsplit('-').next().unwrap_or(chapter);
-    let (root, dir) = (workspace.root.display(), std::path::absolute(dir)?);
-    let grade = format!(
-        "scripts/grade.sh {chapter} -- {}/target/debug/mine --addr {{addr}}",
-        dir.display()
-    );
-    let build = format!("cargo build --manifest-path {}/Cargo.toml", dir.display());
+
+    let dir = path::absolute(dir)?;
+    let (root, mine) = (workspace.root.display(), dir.display());
     let todo: usize = files.values().map(|text| text.matches("todo!()").count()).sum();
+    let page = chapter.rsplit('-').next().unwrap_or(chapter);
+    let commands = format!(
+        "cargo build --manifest-path {mine}/Cargo.toml\n\
+        scripts/grade.sh {chapter} -- {mine}/target/debug/mine --addr {{addr}}\n"
+    );
     let readme = format!(
         "# Chapter {chapter}, to be completed\n\n\
-        Each `todo!()` in `src` and `common/src` stands for a function that the chapter adds or changes.\n\
-        `common` is as it is in that chapter: what earlier ones have added is all there.\n\n\
-        Build it and grade it, in the course's folder {root}:\n\n```sh\n{build}\n{grade}\n```\n\n\
-        The page to read is docs/src/{page}.md; the chapter's own code is in reactor-{chapter}/src and common/src.\n"
+        Each of the {todo} `todo!()` in `src` and `common/src` stands for a function that is new or changed in\n\
+        this chapter. All others are there. The page to read is docs/src/{page}.md; the chapter's own code is in\n\
+        reactor-{chapter}/src and common/src.\n\n\
+        Build it and grade it, in {root}:\n\n```sh\n{commands}```\n"
     );
     files.insert("README.md".to_owned(), readme);
     for (path, text) in &files {
@@ -319,8 +309,7 @@ pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
         fs::create_dir_all(path.parent().unwrap_or(&dir))?;
         fs::write(&path, text).with_context(|| path.display().to_string())?;
     }
-    println!("{}: {todo} functions to write, by the README.md there. In {root}:", dir.display());
-    println!("  {build}\n  {grade}");
+    print!("{mine}: {todo} functions to write. Its README.md says more. In {root}:\n\n{commands}");
     Ok(())
 }
 
