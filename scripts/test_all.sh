@@ -1028,17 +1028,32 @@ check_another_program() {
 
 # The chapter's own binary passes a case, and a program that is no server fails it.
 check_grade() {
-    grade_second_client "${binary[reactor-v03]}" --addr '{addr}'
+    grade v03 second-client "${binary[reactor-v03]}" --addr '{addr}'
     expect_code 0
     grep -q '^1 of 1 cases passed$' out || fail 'expected: the case passes' "got: $(excerpt out)"
-    grade_second_client false '{addr}'
+    grade v03 second-client false '{addr}'
     expect_code 1
     grep -q '^3.2 .* FAIL$' out || fail 'expected: the case fails' "got: $(excerpt out)"
 }
 
-grade_second_client() {
+grade() { # CHAPTER CASE COMMAND...
     code=0
-    limited "$CARGO_LIMIT" "$ROOT/scripts/grade.sh" v03 --case second-client -- "$@" >out 2>err || code=$?
+    limited "$CARGO_LIMIT" "$ROOT/scripts/grade.sh" "$1" --case "$2" -- "${@:3}" >out 2>err || code=$?
+}
+
+# The starter of a chapter builds, and fails the chapter's first case; the chapter's own binary passes the last
+# one. A chapter without cases is only built.
+check_starter() { # CHAPTER
+    local cases
+    "$ROOT/scripts/grade.sh" --start "$1" mine
+    CARGO_TARGET_DIR=$scratch/starter limited "$CARGO_LIMIT" cargo build --offline --manifest-path mine/Cargo.toml
+    [[ -e $ROOT/tests/cases/$1.toml ]] || return 0
+    mapfile -t cases < <("$ROOT/scripts/grade.sh" "$1" --list | cut -d ' ' -f 1)
+    grade "$1" "${cases[0]}" "$scratch/starter/debug/mine" --addr '{addr}'
+    expect_code 1
+    grep -q 'not yet implemented' out || fail 'expected: the first todo!()' "got: $(excerpt out)"
+    grade "$1" "${cases[-1]}" "${binary[reactor-$1]}" --addr '{addr}'
+    expect_code 0
 }
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1112,6 +1127,9 @@ main() {
         else
             later_chapter "$chapter"
         fi
+        for package in $(packages_of "$chapter"); do
+            check "$chapter" "grade.sh --start: the starter of $package fails" check_starter "${package#reactor-}"
+        done
     done
     if (($# == 0)); then
         # An optimised build takes long, so only for the chapter whose page shows it.

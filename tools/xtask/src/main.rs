@@ -13,11 +13,13 @@ mod phrases;
 mod picture;
 mod sequence;
 mod sources;
+mod starter;
 mod verdicts;
 mod workspace;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
@@ -88,10 +90,16 @@ enum Task {
         /// Only the case with this number or name, for example 3.4 or slow-reader
         #[arg(long, value_name = "CASE")]
         case: Option<String>,
+        /// Makes a crate to begin with, in the new folder DIR
+        #[arg(long, requires = "dir")]
+        start: bool,
         /// The chapter, for example v03
         chapter: String,
+        /// Where --start makes the crate
+        #[arg(requires = "start")]
+        dir: Option<PathBuf>,
         /// How to start the server; {addr} stands for the HOST:PORT to listen on
-        #[arg(last = true, required_unless_present = "list")]
+        #[arg(last = true, required_unless_present_any = ["list", "start"])]
         command: Vec<String>,
     },
 }
@@ -124,7 +132,8 @@ fn run(task: Task) -> anyhow::Result<()> {
             ensure!(passed, "{id} isn't solved yet");
             Ok(())
         }
-        Task::Grade { all, list, case, chapter, command } => {
+        Task::Grade { chapter, dir: Some(dir), .. } => starter::make(&workspace, &chapter, &dir),
+        Task::Grade { all, list, case, chapter, command, .. } => {
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);

@@ -121,10 +121,7 @@ impl Sources {
 impl Source {
     /// The chapter in which an item came in, by its doc comment.
     fn since(&self, item: &Item) -> Option<String> {
-        let lines = self.text.lines().skip(item.first_line - 1).map(str::trim_start);
-        let doc: Vec<_> = lines.map_while(|line| line.strip_prefix("///")).collect();
-        let doc = doc.concat();
-        doc.split_once("(since ").and_then(|(_, since)| since.get(..3)).map(str::to_owned)
+        since(self.text.lines().skip(item.first_line - 1), "///")
     }
 
     /// The text of an item with its doc comment, without indentation.
@@ -138,6 +135,13 @@ impl Source {
         let lines = lines.iter().map(|line| line.get(indent..).unwrap_or(""));
         Ok(lines.fold(String::new(), |text, line| text + line + "\n"))
     }
+}
+
+/// The chapter that `lines` name in the comment that they begin with: `(since vNN)`.
+pub fn since<'a>(lines: impl Iterator<Item = &'a str>, comment: &str) -> Option<String> {
+    let doc = lines.map_while(|line| line.trim_start().strip_prefix(comment));
+    let doc = doc.collect::<Vec<_>>().concat();
+    doc.split_once("(since ").and_then(|(_, since)| since.get(..3)).map(str::to_owned)
 }
 
 /// Adds the items it visits to a source.
@@ -166,7 +170,7 @@ impl Finder<'_> {
 }
 
 /// The name of an item, if it is part of the paths of its parts.
-fn ident_of(item: &syn::Item) -> Option<&syn::Ident> {
+pub fn ident_of(item: &syn::Item) -> Option<&syn::Ident> {
     match item {
         syn::Item::Const(it) => Some(&it.ident),
         syn::Item::Enum(it) => Some(&it.ident),
