@@ -35,6 +35,6 @@ fn echoes_any_number_of_bytes() {
     let server = Server::start(EXE);
     for n in [0, 1, 128, 255, 4095, 4096, 4097, 16384, 16385, 65536, 65537, 300_000, 20_000_000] {
         let bytes = pattern(n, n as u64);
-        harness::assert_bytes(&exchange(&server.connect(), bytes.clone()), &bytes);
+        harness::assert_bytes(exchange(&server.connect(), bytes.clone()), &bytes);
     }
 }

@@ -85,7 +85,7 @@ pub fn a_message_may_arrive_byte_by_byte(chapter: Chapter) {
     }
     assert_silent(&client);
     write(&client, &[*last]);
-    assert_bytes(&read(&client, message.len()), &message);
+    assert_bytes(read(&client, message.len()), &message);
 }
 
 /// Some call these sticky packets: they are what this chapter is about.
@@ -114,7 +114,7 @@ pub fn pipelined_messages_are_answered_in_order(chapter: Chapter) {
     for n in [MAX_PAYLOAD, 1, 30_000, 0, 40_000, MAX_PAYLOAD, 5] {
         bytes.extend(frame(1, &pattern(n, 3)));
     }
-    assert_bytes(&exchange(&server.connect(), bytes.clone()), &bytes);
+    assert_bytes(exchange(&server.connect(), bytes.clone()), &bytes);
 }
 
 /// The trace of the reactor's steps shows it.
@@ -146,7 +146,7 @@ pub fn a_bad_length_ends_the_connection_after_earlier_replies(chapter: Chapter) 
         let peer = client.local_addr().unwrap();
         let good = [frame(1, b"good"), frame(1, &pattern(50_000, 1))].concat();
         write(&client, &[good.clone(), bad_frame(length), b"garbage".to_vec()].concat());
-        assert_bytes(&read_to_end(&client), &good);
+        assert_bytes(read_to_end(&client), &good);
         server.wait_for_log(&format!("{peer}: refused: message length {length} is not within"));
         server.assert_logged_once(&peer.to_string());
     }
@@ -188,7 +188,7 @@ pub fn a_refused_client_that_reads_late_and_keeps_sending_gets_everything(chapte
         write(&client, b"still here");
         thread::sleep(QUIET);
     }
-    assert_bytes(&read_to_end(&client), &good);
+    assert_bytes(read_to_end(&client), &good);
 }
 
 /// The server discards its bytes as they arrive, without growing, and goes on serving others.

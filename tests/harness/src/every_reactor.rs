@@ -204,7 +204,7 @@ pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
         write(&client, &bytes);
         client.shutdown(Shutdown::Write).unwrap();
         server.signal(Signal::SIGCONT);
-        assert_bytes(&read_to_end(&client), &bytes);
+        assert_bytes(read_to_end(&client), &bytes);
     }
 }
 
@@ -345,7 +345,7 @@ pub fn a_slow_reader_gets_everything(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
     narrow(&client);
-    let bytes = chapter.messages(4 << 20, 5);
+    let bytes = chapter.messages(16 << 20, 5);
     let mut writer = client.try_clone().unwrap();
     let sent = bytes.clone();
     let sender = thread::spawn(move || {
@@ -563,7 +563,7 @@ pub fn answers_what_arrived_before_the_signal(chapter: Chapter) {
         write(&client, &messages);
         server.signal(Signal::SIGTERM);
         server.signal(Signal::SIGCONT);
-        assert_bytes(&read_to_end(&client), &messages);
+        assert_bytes(read_to_end(&client), &messages);
         drop(client);
         assert_stopped_with_nothing_in_use(&mut server);
         server.wait_for_log(&format!("{peer}: closed"));
@@ -611,7 +611,7 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     server.signal(Signal::SIGTERM);
     write(&client, &messages);
     server.signal(Signal::SIGCONT);
-    assert_bytes(&read_to_end(&client), &messages);
+    assert_bytes(read_to_end(&client), &messages);
     assert_stopped_with_nothing_in_use(&mut server);
 }
 
@@ -692,7 +692,7 @@ pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
     server.signal(Signal::SIGTERM);
     server.signal(Signal::SIGCONT);
     for client in clients {
-        assert_bytes(&read_to_end(&client), &messages);
+        assert_bytes(read_to_end(&client), &messages);
     }
     assert_stopped_with_nothing_in_use(&mut server);
 }

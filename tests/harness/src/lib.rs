@@ -398,7 +398,10 @@ impl Server {
         let host = addr.rsplit_once(':').expect("HOST:PORT").0;
         let mut tries = 1..=10;
         loop {
-            let listener = TcpListener::bind(addr).expect("a free port");
+            let listener = match TcpListener::bind(addr) {
+                Ok(listener) => listener,
+                Err(err) => panic!("no server can listen on {addr} now: {err}"),
+            };
             let port = listener.local_addr().unwrap().port();
             drop(listener);
             let addr = format!("{host}:{port}");
