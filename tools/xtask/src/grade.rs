@@ -1,4 +1,4 @@
-//! `cargo xtask grade`: runs a chapter's cases against a server of the learner's own. A case is one of the
+//! `cargo xtask grade`: runs a chapter's cases against a server (or client) of the learner's own. A case is one of the
 //! chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
 
 use std::env;
@@ -22,10 +22,12 @@ pub struct Cases {
 struct Case {
     /// In a word or two, joined by hyphens.
     name: String,
-    /// What the server has to do, in one sentence.
+    /// What the server or the client has to do, in one sentence.
     must: String,
     /// The section of the book about it, beside `docs/src`.
     page: String,
+    /// What to do or where to look if the case fails, without giving the code away.
+    hint: String,
     /// How to try it without the grader, if a line is enough.
     by_hand: Option<String>,
     /// The path of the test.
@@ -48,9 +50,10 @@ impl Cases {
         toml::from_str(&workspace.read(&path)?).context(path)
     }
 
-    /// Each case with its id, such as `3.4`, or only the one with this id or name.
+    /// Each case with its id, such as `3.4` or `client.1`, or only the one with this id or name.
     fn numbered(&self, chapter: &str, only: Option<&str>) -> Result<Vec<(String, &Case)>> {
-        let chapter = chapter.trim_start_matches(['v', '0']);
+        let name = chapter.rsplit('-').next().unwrap_or(chapter);
+        let chapter = name.trim_start_matches(['v', '0']);
         let id = |(n, case)| (format!("{chapter}.{}", n + 1), case);
         let mut cases: Vec<_> = self.cases.iter().enumerate().map(id).collect();
         if let Some(only) = only {
@@ -80,7 +83,7 @@ impl<'a> Grade<'a> {
     pub fn new(workspace: &'a Workspace, chapter: &'a str, command: &[String]) -> Result<Self> {
         ensure!(
             command.iter().any(|word| word.contains("{addr}")),
-            "the command has to contain {{addr}}, which stands for the HOST:PORT to listen on"
+            "the command has to contain {{addr}}, which stands for the server's HOST:PORT"
         );
         let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         Ok(Self { workspace, chapter, command })
@@ -128,7 +131,8 @@ impl<'a> Grade<'a> {
         cargo
             .args(["test", "--locked", "--manifest-path"])
             .arg(self.workspace.root.join("Cargo.toml"));
-        cargo.args(["--package", &format!("reactor-{}", self.chapter), "--test", self.chapter]);
+        let package = format!("reactor-{}", self.chapter);
+        cargo.args(["--package", &package, "--test", &self.chapter.replace('-', "_")]);
         cargo.args(args).env("REACTOR_CMD", &self.command).env_remove("RUST_BACKTRACE");
         cargo.output().context("cannot run cargo")
     }
@@ -139,6 +143,7 @@ impl<'a> Grade<'a> {
             println!("  {line}");
         }
         println!("\n  read   docs/src/{}", case.page);
+        println!("  hint   {}", case.hint);
         if let Some(command) = &case.by_hand {
             println!("  try    {command}");
         }

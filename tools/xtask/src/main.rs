@@ -74,7 +74,7 @@ enum Task {
         case: Option<String>,
         /// The chapter, for example v03
         chapter: String,
-        /// How to start the server; {addr} stands for the HOST:PORT to listen on
+        /// How to start the server, or the client; {addr} stands for the server's HOST:PORT
         #[arg(last = true, required_unless_present = "list")]
         command: Vec<String>,
     },
