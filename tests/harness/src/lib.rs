@@ -398,7 +398,8 @@ impl Server {
     /// `-n 64` for a hard limit of 64 fds, `-Sn 64` for a soft one.
     #[track_caller]
     pub fn start_under(exe: &str, limit: &str) -> Self {
-        Self::start_after(&format!("ulimit {limit}; "), exe, &[])
+        // Otherwise malloc(3) may map 64 MiB per thread, which count towards the limit on memory.
+        Self::start_after(&format!("export MALLOC_ARENA_MAX=1; ulimit {limit}; "), exe, &[])
     }
 
     /// Starts the server `exe` on a free port, with options of its chapter, after the shell's `setup`.
@@ -407,9 +408,7 @@ impl Server {
         if is_other() {
             return Self::start_other("127.0.0.1:0", setup, options, None);
         }
-        let mut command = program(setup, exe, "127.0.0.1:0", options);
-        // Otherwise malloc(3) may map 64 MiB per thread, which count towards the limit on memory.
-        Self::from(command.env("MALLOC_ARENA_MAX", "1"))
+        Self::from(&mut program(setup, exe, "127.0.0.1:0", options))
     }
 
     /// Runs the server `exe` on `addr`, with options of its chapter, and checks that it ends with
