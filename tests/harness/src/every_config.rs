@@ -11,8 +11,8 @@ use crate::every_publisher::next_message;
 use crate::every_reactor::Chapter;
 use crate::every_server::name;
 use crate::{
-    QUIET, Server, Signal, assert_echo, assert_silent, frame, is_other, read, read_to_end, run,
-    run_command, served, wait_until, wait_until_taken, write,
+    QUIET, Server, Signal, assert_bytes, assert_echo, assert_silent, frame, is_other, read,
+    read_to_end, run, run_command, served, wait_until, wait_until_taken, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -145,7 +145,7 @@ fn reload(server: &Server) -> String {
 #[track_caller]
 fn assert_welcomed(server: &Server, text: &str) -> TcpStream {
     let (client, welcome) = (server.connect(), frame(101, text.as_bytes()));
-    assert_eq!(read(&client, welcome.len()), welcome);
+    assert_bytes(&read(&client, welcome.len()), &welcome);
     client
 }
 
@@ -162,7 +162,7 @@ fn wait_until_welcomed(server: &Server, text: &str) {
 
 #[track_caller]
 fn assert_refused(client: &TcpStream) {
-    assert_eq!(read_to_end(client), frame(-1, b"server is full"));
+    assert_bytes(&read_to_end(client), &frame(-1, b"server is full"));
 }
 
 fn ping(client: &TcpStream) {
@@ -403,7 +403,7 @@ pub fn a_lower_limit_keeps_new_clients_out_until_enough_have_gone(chapter: Chapt
         assert_refused(&server.connect());
         clients.iter().for_each(ping);
         client.shutdown(Shutdown::Write).unwrap();
-        assert_eq!(read_to_end(&client), b"");
+        assert_bytes(&read_to_end(&client), b"");
     }
     served(server.addr());
 }
@@ -416,7 +416,7 @@ pub fn a_higher_limit_lets_a_waiting_client_in_at_once(chapter: Chapter) {
     waiting.iter().for_each(|client| write(client, &frame(1, b"hello")));
     assert_silent(&waiting[0]);
     conf.reload(&server, "maxConn = 2\nwhenFull = wait");
-    assert_eq!(read(&waiting[0], 13), frame(1, b"hello"));
+    assert_bytes(&read(&waiting[0], 13), &frame(1, b"hello"));
     assert_silent(&waiting[1]);
 }
 
@@ -433,7 +433,7 @@ pub fn a_waiting_client_is_refused_once_that_is_what_a_full_server_does(chapter:
     write(&waiting, &frame(1, b"hello"));
     assert_silent(&waiting);
     drop(client);
-    assert_eq!(read(&waiting, 13), frame(1, b"hello"));
+    assert_bytes(&read(&waiting, 13), &frame(1, b"hello"));
 }
 
 /// A client that has been idle for longer is closed before the next one starts.
@@ -444,7 +444,8 @@ pub fn a_new_idle_timeout_counts_from_the_last_activity(chapter: Chapter) {
     thread::sleep(QUIET);
     conf.reload(&server, "idleTimeout = 0.1");
     // Without any other event for its worker.
-    assert_eq!(read_to_end(&idle), b"");
+    assert_bytes(&read_to_end(&idle), b"");
+    served(server.addr());
 }
 
 pub fn a_timeout_of_zero_is_off(chapter: Chapter) {
@@ -459,7 +460,7 @@ pub fn a_timeout_of_zero_is_off(chapter: Chapter) {
     // The worker has seen them too.
     served(server.addr());
     write(&midway, &message[5..]);
-    assert_eq!(read(&midway, 13), message);
+    assert_bytes(&read(&midway, 13), &message);
     ping(&idle);
 }
 
@@ -469,7 +470,7 @@ pub fn sighup_together_with_sigterm_stops_the_server(chapter: Chapter) {
     for signal in [Signal::SIGSTOP, Signal::SIGHUP, Signal::SIGTERM, Signal::SIGCONT] {
         server.signal(signal);
     }
-    assert_eq!(read_to_end(&client), b"");
+    assert_bytes(&read_to_end(&client), b"");
     drop(client);
     assert_eq!(server.wait().code(), Some(0));
     server.assert_nothing_left();
@@ -511,7 +512,7 @@ pub fn a_reload_reaches_every_busy_worker(chapter: Chapter) {
         server.signal(Signal::SIGHUP);
         wait_until_welcomed(&server, "hello");
         (0..4).for_each(|_| drop(assert_welcomed(&server, "hello")));
-        midway.iter().for_each(|client| assert_eq!(read_to_end(client), b""));
+        midway.iter().for_each(|client| assert_bytes(&read_to_end(client), b""));
     });
 }
 
@@ -525,7 +526,7 @@ pub fn a_storm_of_sighups_costs_no_reply(chapter: Chapter) {
             assert_eq!(read(&client, 9)[..4], 101_i32.to_le_bytes());
             (0..20).for_each(|_| ping(&client));
             client.shutdown(Shutdown::Write).unwrap();
-            assert_eq!(read_to_end(&client), b"");
+            assert_bytes(&read_to_end(&client), b"");
         }
     };
     thread::scope(|scope| {

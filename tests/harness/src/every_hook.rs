@@ -6,8 +6,8 @@ use std::thread;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    Server, Signal, frame, is_other, read, read_to_end, reset, run_client, served, wait_until,
-    write,
+    Server, Signal, assert_bytes, frame, is_other, read, read_to_end, reset, run_client, served,
+    wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -54,7 +54,7 @@ pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &[&
     let mut clients = [(); 3].map(|()| served(server.addr())).into_iter();
     wait_until("all have started", || counts(&server, "on_conn_start") == [1, 2, 3]);
     // A refused client has neither hook.
-    assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
+    assert_bytes(&read_to_end(&server.connect()), &frame(-1, b"server is full"));
     let half_closed = clients.next().unwrap();
     half_closed.shutdown(Shutdown::Write).unwrap();
     wait_until("the first is counted", || counts(&server, "on_conn_close") == [2]);
@@ -81,16 +81,16 @@ pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &[&str]) {
         write(&client, &frame(1, b"pipelined").repeat(10));
         client.shutdown(Shutdown::Write).unwrap();
         let expected = [frame(101, b"hello there"), frame(1, b"pipelined").repeat(10)].concat();
-        assert_eq!(read_to_end(&client), expected);
+        assert_bytes(&read_to_end(&client), &expected);
     }
     let silent = server.connect();
-    assert_eq!(read(&silent, 19), frame(101, b"hello there"));
+    assert_bytes(&read(&silent, 19), &frame(101, b"hello there"));
 }
 
 pub fn a_welcome_is_at_most_as_long_as_a_payload(chapter: Chapter, _: &[&str]) {
     let longest = "x".repeat(65_527);
     let server = Server::start_with(chapter.exe, &["--welcome", &longest]);
-    assert_eq!(read(&server.connect(), 65_535), frame(101, longest.as_bytes()));
+    assert_bytes(&read(&server.connect(), 65_535), &frame(101, longest.as_bytes()));
     let why = Server::fail(chapter.exe, "127.0.0.1:0", &["--welcome", &(longest + "x")], 2);
     assert!(why.contains("65527") || is_other(), "{why}");
 }

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, assert_echo, assert_silent, frame, is_closing, narrow, pattern,
-    raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck, served,
-    wait_until, write,
+    LIMIT, QUIET, Server, Signal, assert_bytes, assert_echo, assert_silent, frame, is_closing,
+    narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck,
+    served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -59,7 +59,7 @@ fn ping(client: &TcpStream) {
 /// It reads why, then the end of the stream and not a reset.
 #[track_caller]
 fn assert_refused(client: &TcpStream) {
-    assert_eq!(read_to_end(client), frame(-1, b"server is full"));
+    assert_bytes(&read_to_end(client), &frame(-1, b"server is full"));
 }
 
 /// The only place of the server is free, in time.
@@ -137,7 +137,7 @@ pub fn the_ends_of_others_cost_no_replies(chapter: Chapter) {
         write(client, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
     }
     for client in &bad {
-        assert_eq!(read_to_end(client), b"");
+        assert_bytes(&read_to_end(client), b"");
     }
     thread::scope(|scope| {
         for client in &slow {
@@ -276,7 +276,7 @@ pub fn only_messages_and_replies_keep_a_connection_from_being_idle(chapter: Chap
     server.wait_for_log("idle connections closed: ");
     ping(&active);
     for client in [&idle, &dripping] {
-        assert_eq!(read_to_end(client), b"");
+        assert_bytes(&read_to_end(client), b"");
     }
     drop(deaf);
 }
@@ -294,12 +294,12 @@ pub fn a_message_has_to_arrive_in_time(chapter: Chapter) {
         // A byte now and then buys no time.
         let _ = (&slow).write(&[drops.next().unwrap()]);
         write(&busy, &[&message[5..], &next[..5]].concat());
-        assert_eq!(read(&busy, 13), message);
+        assert_bytes(&read(&busy, 13), &message);
         thread::sleep(Duration::from_millis(50));
         is_closing(&slow)
     });
     server.wait_for_log(&format!("{peer}: closed: message incomplete after 1s"));
-    assert_eq!(read_to_end(&slow), b"");
+    assert_bytes(&read_to_end(&slow), b"");
     ping(&idle);
 }
 
@@ -335,10 +335,10 @@ pub fn time_above_the_high_water_mark_does_not_count(chapter: Chapter) {
     let sent = send_until_stuck(&client, &messages);
     thread::sleep(Duration::from_secs(3));
     let whole = sent / 1008 * 1008;
-    assert!(read(&client, whole) == messages[..whole]);
+    assert_bytes(&read(&client, whole), &messages[..whole]);
     let rest = sent.next_multiple_of(1008);
     write(&client, &messages[sent..rest]);
-    assert!(read(&client, rest - whole) == messages[whole..rest]);
+    assert_bytes(&read(&client, rest - whole), &messages[whole..rest]);
     ping(&client);
 }
 

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::every_reactor::Chapter;
 use crate::every_server::name;
 use crate::{
-    Server, Signal, assert_echo, frame, raise_fd_limit, read, read_to_end, reset, run, run_command,
-    served, wait_until, write,
+    Server, Signal, assert_bytes, assert_echo, frame, raise_fd_limit, read, read_to_end, reset,
+    run, run_command, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -102,7 +102,7 @@ pub fn the_limit_is_one_for_all_threads(chapter: Chapter) {
     let fds = server.fds();
     for _ in 0..3 {
         let clients: Vec<TcpStream> = (0..10).map(|_| served(server.addr())).collect();
-        assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
+        assert_bytes(&read_to_end(&server.connect()), &frame(-1, b"server is full"));
         drop(clients);
         wait_until("a place is free on each thread", || {
             let clients: Vec<TcpStream> = (0..10).map(|_| server.connect()).collect();

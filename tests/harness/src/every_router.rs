@@ -13,8 +13,8 @@ use nix::unistd::pipe;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, frame, read, read_to_end, reset, run_client, served, wait_until,
-    write,
+    LIMIT, QUIET, Server, Signal, assert_bytes, frame, read, read_to_end, reset, run_client,
+    served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -79,7 +79,7 @@ pub fn messages_with_id_2_are_printed_and_not_answered(chapter: Chapter, _: &[&s
 fn assert_echo_after(client: &TcpStream, bytes: &[u8]) {
     let echo = frame(1, b"the only reply");
     write(client, &[bytes, &echo].concat());
-    assert_eq!(read(client, echo.len()), echo);
+    assert_bytes(&read(client, echo.len()), &echo);
 }
 
 pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
@@ -93,7 +93,7 @@ pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
     assert_echo_after(&other, &frame(77_777, b"served"));
     server.wait_for_log(&format!("{peer}: no callback for message id 0"));
     client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(read_to_end(&client), b"");
+    assert_bytes(&read_to_end(&client), b"");
     server.wait_for_log(&format!("{peer}: messages skipped: 100004"));
     server.assert_logged_once("no callback for message id 0");
     server.assert_logged_once(&format!("{peer}: messages skipped"));

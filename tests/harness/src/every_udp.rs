@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use std::{env, fs, process};
+use std::{env, fs, iter, process};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{
@@ -20,8 +20,8 @@ use crate::every_reactor::{Chapter, wait_until_idle};
 use crate::every_router::{assert_one_line, assert_printed, start_printing};
 use crate::every_server::name;
 use crate::{
-    LIMIT, Server, Signal, assert_echo, frame, is_other, narrow, pattern, read, read_to_end, reset,
-    run, run_command, send_until_stuck, served, wait_until, write,
+    LIMIT, Server, Signal, assert_bytes, assert_echo, frame, is_other, narrow, pattern, read,
+    read_to_end, reset, run, run_command, send_until_stuck, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
@@ -112,7 +112,7 @@ pub fn received(socket: &UdpSocket) -> usize {
 pub fn assert_udp_echo(socket: &UdpSocket, payload: &[u8]) {
     let message = frame(1, payload);
     socket.send(&message).unwrap();
-    assert!(receive(socket) == message, "{} bytes", message.len());
+    assert_bytes(&receive(socket), &message);
 }
 
 /// The numbers of dropped datagrams and replies in each line of the log that has them.
@@ -153,7 +153,7 @@ pub fn the_same_port_serves_both_with_the_same_callbacks(chapter: Chapter, _: &s
         other.send(&frame(1, &[n as u8])).unwrap();
     }
     for (n, other) in others.iter().enumerate() {
-        assert_eq!(receive(other), frame(1, &[n as u8]));
+        assert_bytes(&receive(other), &frame(1, &[n as u8]));
     }
 }
 
@@ -299,7 +299,10 @@ pub fn its_port_is_free_for_the_next_server_at_once(chapter: Chapter, _: &str) {
 }
 
 pub fn a_busy_port_ends_the_start_over_udp_too(chapter: Chapter, _: &str) {
-    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    // Its port is free for TCP.
+    let is_free = |udp: &UdpSocket| TcpListener::bind(udp.local_addr().unwrap()).is_ok();
+    let mut sockets = iter::repeat_with(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    let udp = sockets.find(is_free).unwrap();
     let addr = udp.local_addr().unwrap().to_string();
     let reason = format!("cannot listen on {addr} over UDP: Address already in use");
     assert_no_start(chapter, &addr, &reason);
@@ -390,6 +393,7 @@ pub fn senders_that_are_gone_hurt_nobody(chapter: Chapter, _: &str) {
 
 pub fn a_flood_delays_neither_clients_nor_the_stop(chapter: Chapter, _: &str) {
     let mut server = Server::start(chapter.exe);
+    assert_udp_echo(&connect_udp(server.addr()), b"before");
     let (addr, done, sent) = (server.addr(), AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         let _done = Done(&done);
@@ -417,8 +421,8 @@ pub fn datagrams_have_no_hooks_and_take_no_place(chapter: Chapter, _: &str) {
     let server = Server::start_talkative(chapter.exe, &options);
     assert_udp_echo(&connect_udp(server.addr()), b"no welcome");
     let client = server.connect();
-    assert_eq!(read(&client, 19), frame(101, b"hello there"));
-    assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
+    assert_bytes(&read(&client, 19), &frame(101, b"hello there"));
+    assert_bytes(&read_to_end(&server.connect()), &frame(-1, b"server is full"));
     let senders = [(); 20].map(|()| connect_udp(server.addr()));
     senders.iter().for_each(|udp| assert_udp_echo(udp, b"no place"));
     assert_echo(&client, &frame(1, b"hello"));
@@ -493,7 +497,7 @@ pub fn the_udp_client_gives_up(_: Chapter, client: &str) {
         assert_eq!(output.stdout, b"");
         assert!(start.elapsed() >= requests as u32 * Duration::from_millis(200));
         for _ in 0..requests {
-            assert_eq!(receive(&server), frame(1, HELLO));
+            assert_bytes(&receive(&server), &frame(1, HELLO));
         }
         assert_eq!(received(&server), 0);
         drop(server);
@@ -522,7 +526,7 @@ pub fn only_the_same_message_from_the_server_is_a_reply(_: Chapter, client: &str
     for wrong in &wrong {
         server.send_to(wrong, peer).unwrap();
     }
-    assert_eq!(receive(&server), request);
+    assert_bytes(&receive(&server), &request);
     server.send_to(&request, peer).unwrap();
     assert_done(&server, client);
 }
@@ -532,7 +536,7 @@ pub fn replies_may_come_twice(_: Chapter, client: &str) {
     crate::chapter_only!("it tests the chapter's client");
     let (server, client) = serve_udp(client, &["--timeout", "0.5"]);
     let (request, peer) = receive_from(&server);
-    assert_eq!(receive(&server), request);
+    assert_bytes(&receive(&server), &request);
     for _ in 0..4 {
         server.send_to(&request, peer).unwrap();
     }
@@ -549,7 +553,7 @@ fn pauses(output: &Output) -> Vec<String> {
 /// Answers the client's first message.
 fn reply(client: &TcpStream) {
     client.set_read_timeout(Some(LIMIT)).unwrap();
-    assert_eq!(read(client, 19), frame(1, HELLO));
+    assert_bytes(&read(client, 19), &frame(1, HELLO));
     write(client, &frame(1, HELLO));
 }
 
@@ -562,7 +566,7 @@ pub fn the_tcp_client_connects_again(_: Chapter, client: &str) {
         reset(listener.accept().unwrap().0);
         let (last, _) = listener.accept().unwrap();
         reply(&last);
-        assert_eq!(read_to_end(&last), frame(2, HELLO));
+        assert_bytes(&read_to_end(&last), &frame(2, HELLO));
     });
     let output = run(client, &["--addr", &addr, "--retry", "2", "--timeout", "30"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -604,7 +608,7 @@ pub fn the_tcp_client_waits_for_its_reply_and_no_longer(_: Chapter, client: &str
         let (stream, _) = listener.accept().unwrap();
         reply(&stream);
         thread::sleep(Duration::from_millis(1500));
-        assert_eq!(read_to_end(&stream), frame(2, HELLO));
+        assert_bytes(&read_to_end(&stream), &frame(2, HELLO));
     });
     assert_prints(&run(client, &["--addr", &addr, "--timeout", "1", "--retry", "0"]));
     server.join().unwrap();
@@ -618,7 +622,7 @@ pub fn once_it_has_its_reply_the_tcp_client_does_not_connect_again(_: Chapter, c
         let (stream, _) = listener.accept().unwrap();
         reply(&stream);
         // Its second message shows that it has read the reply.
-        assert_eq!(read(&stream, 19), frame(2, HELLO));
+        assert_bytes(&read(&stream, 19), &frame(2, HELLO));
         reset(stream);
         listener.set_nonblocking(true).unwrap();
         listener
