@@ -412,7 +412,7 @@ impl Server {
     }
 
     /// Runs the server `exe` on `addr`, with options of its chapter, and checks that it ends with
-    /// `code`. Returns what it says about that. Of another program it checks that it fails and says
+    /// `code`. Returns its stderr. Of another program it checks that it fails and says
     /// something, and returns an empty text.
     #[track_caller]
     pub fn fail(exe: &str, addr: &str, options: &[&str], code: i32) -> String {
