@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, assert_echo, assert_silent, frame, narrow, pattern,
-    raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck, served,
-    wait_until, write,
+    LIMIT, QUIET, Server, Signal, assert_bytes, assert_echo, assert_silent, frame, is_closing,
+    narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck,
+    served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -25,7 +25,6 @@ macro_rules! every_limiter {
             $(
                 #[test]
                 fn $promise() {
-                    harness::chapter_only!("it needs the chapter's own options and log");
                     harness::every_limiter::$promise($chapter);
                 }
             )*
@@ -60,7 +59,7 @@ fn ping(client: &TcpStream) {
 /// It reads why, then the end of the stream and not a reset.
 #[track_caller]
 fn assert_refused(client: &TcpStream) {
-    assert_eq!(read_to_end(client), frame(-1, b"server is full"));
+    assert_bytes(read_to_end(client), frame(-1, b"server is full"));
 }
 
 /// The only place of the server is free, in time.
@@ -79,6 +78,15 @@ fn assert_a_place_is_free(server: &Server, why: &str) {
     }
 }
 
+/// Whether `n` new clients are served at the same time.
+fn are_served(server: &Server, n: usize) -> bool {
+    let clients: Vec<TcpStream> = (0..n).map(|_| server.connect()).collect();
+    clients.iter().all(|client| {
+        write(client, &frame(1, b"hello"));
+        read(client, 13)[..4] == 1_i32.to_le_bytes()
+    })
+}
+
 pub fn a_client_above_the_limit_reads_why_it_is_refused(chapter: Chapter) {
     let server = Server::start_with(chapter.exe, &["--max-conns", "2"]);
     let (first, second) = (served(server.addr()), served(server.addr()));
@@ -94,6 +102,7 @@ pub fn a_client_above_the_limit_reads_why_it_is_refused(chapter: Chapter) {
 }
 
 pub fn refusals_are_logged_with_their_number_once_a_second(chapter: Chapter) {
+    crate::chapter_only!("it reads the chapter's log");
     let mut server = Server::start_with(chapter.exe, &["--max-conns", "1"]);
     let _client = served(server.addr());
     let start = Instant::now();
@@ -128,7 +137,7 @@ pub fn the_ends_of_others_cost_no_replies(chapter: Chapter) {
         write(client, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
     }
     for client in &bad {
-        assert_eq!(read_to_end(client), b"");
+        assert_bytes(read_to_end(client), b"");
     }
     thread::scope(|scope| {
         for client in &slow {
@@ -196,13 +205,7 @@ pub fn a_burst_never_gets_more_places_than_there_are(chapter: Chapter) {
     let is_served = |answer: &&Vec<u8>| answer[..4] == 1_i32.to_le_bytes();
     assert_eq!(answers.iter().filter(is_served).count(), 100);
     drop(clients);
-    wait_until("all places are free", || {
-        let clients: Vec<TcpStream> = (0..100).map(|_| server.connect()).collect();
-        clients.iter().all(|client| {
-            write(client, &frame(1, b"hello"));
-            read(client, 13)[..4] == 1_i32.to_le_bytes()
-        })
-    });
+    wait_until("all places are free", || are_served(&server, 100));
 }
 
 /// The client stays in each of these cases: the place is free when the end begins.
@@ -258,32 +261,22 @@ pub fn a_waiting_client_is_refused_when_the_server_stops(chapter: Chapter) {
 
 /// Neither a byte now and then nor a client that takes no replies counts as activity.
 pub fn only_messages_and_replies_keep_a_connection_from_being_idle(chapter: Chapter) {
-    let server = Server::start_with(chapter.exe, &["--idle-timeout", "1.5"]);
+    let options = ["--idle-timeout", "1.5", "--frame-timeout", "0", "--max-conns", "4"];
+    let server = Server::start_with(chapter.exe, &options);
     let [idle, dripping, deaf, active] = [(); 4].map(|()| served(server.addr()));
     narrow(&deaf);
     send_until_stuck(&deaf, &frame(1, &pattern(1000, 1)).repeat(64_000));
-    let message = frame(1, b"a message that never gets there");
-    let start = Instant::now();
-    for byte in message.iter().cycle().take_while(|_| start.elapsed() < Duration::from_secs(4)) {
-        let _ = (&dripping).write(&[*byte]);
+    let mut drops = frame(1, &[b'x'; 1000]).into_iter();
+    wait_until("three places are free", || {
+        let _ = (&dripping).write(&[drops.next().unwrap()]);
         ping(&active);
         thread::sleep(Duration::from_millis(150));
-        if server.log().contains("idle connections closed: ") {
-            break;
-        }
-    }
-    let closed = || -> usize {
-        let log = server.log();
-        let numbers = log.lines().filter_map(|line| line.split("idle connections closed: ").nth(1));
-        numbers.map(|number| number.parse::<usize>().unwrap()).sum()
-    };
-    wait_until("three are closed", || {
-        ping(&active);
-        thread::sleep(Duration::from_millis(50));
-        closed() == 3
+        are_served(&server, 3)
     });
+    server.wait_for_log("idle connections closed: ");
+    ping(&active);
     for client in [&idle, &dripping] {
-        assert_eq!(read_to_end(client), b"");
+        assert_bytes(read_to_end(client), b"");
     }
     drop(deaf);
 }
@@ -301,16 +294,18 @@ pub fn a_message_has_to_arrive_in_time(chapter: Chapter) {
         // A byte now and then buys no time.
         let _ = (&slow).write(&[drops.next().unwrap()]);
         write(&busy, &[&message[5..], &next[..5]].concat());
-        assert_eq!(read(&busy, 13), message);
+        assert_bytes(read(&busy, 13), &message);
         thread::sleep(Duration::from_millis(50));
-        server.log().contains(&format!("{peer}: closed: message incomplete after 1s"))
+        is_closing(&slow)
     });
-    assert_eq!(read_to_end(&slow), b"");
+    server.wait_for_log(&format!("{peer}: closed: message incomplete after 1s"));
+    assert_bytes(read_to_end(&slow), b"");
     ping(&idle);
 }
 
 /// Half messages take all the memory, so that other clients are dropped, but not for long.
 pub fn half_messages_hold_their_memory_only_until_the_timeout(chapter: Chapter) {
+    crate::chapter_only!("it reads the chapter's log");
     raise_fd_limit();
     let script = "ulimit -v 150000; exec \"$0\" --addr 127.0.0.1:0 --frame-timeout 2";
     let server = Server::from(
@@ -340,10 +335,10 @@ pub fn time_above_the_high_water_mark_does_not_count(chapter: Chapter) {
     let sent = send_until_stuck(&client, &messages);
     thread::sleep(Duration::from_secs(3));
     let whole = sent / 1008 * 1008;
-    assert!(read(&client, whole) == messages[..whole]);
+    assert_bytes(read(&client, whole), &messages[..whole]);
     let rest = sent.next_multiple_of(1008);
     write(&client, &messages[sent..rest]);
-    assert!(read(&client, rest - whole) == messages[whole..rest]);
+    assert_bytes(read(&client, rest - whole), &messages[whole..rest]);
     ping(&client);
 }
 
@@ -361,6 +356,7 @@ pub fn idle_connections_cause_no_wake_ups(chapter: Chapter) {
 }
 
 pub fn more_connections_than_fds_are_a_warning_and_none_is_a_mistake(chapter: Chapter) {
+    crate::chapter_only!("it reads the chapter's log and its error messages");
     // Each loop has an epoll instance and an eventfd, and as many closing connections as it may.
     let loops = Server::start(chapter.exe).epoll_sizes().len();
     let (closing, enough) = (loops * 1024, 10_014 + loops * 1026);

@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::every_reactor::Chapter;
 use crate::every_server::name;
 use crate::{
-    Server, Signal, assert_echo, frame, raise_fd_limit, read, read_to_end, reset, run, run_command,
-    served, wait_until, write,
+    Server, Signal, assert_bytes, assert_echo, frame, raise_fd_limit, read, read_to_end, reset,
+    run, run_command, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -23,7 +23,6 @@ macro_rules! every_pool {
             $(
                 #[test]
                 fn $promise() {
-                    harness::chapter_only!("it needs the chapter's own options");
                     harness::every_pool::$promise($chapter);
                 }
             )*
@@ -43,6 +42,7 @@ macro_rules! every_pool {
 }
 
 pub fn every_worker_is_a_thread_with_a_name(chapter: Chapter) {
+    crate::chapter_only!("it reads the names of the chapter's threads");
     for n in [1, 3] {
         let server = Server::start_with(chapter.exe, &["--threads", &n.to_string()]);
         served(server.addr());
@@ -59,6 +59,7 @@ pub fn every_worker_is_a_thread_with_a_name(chapter: Chapter) {
 
 /// SIGTERM is for the accepting thread's signalfd.
 pub fn no_thread_can_be_interrupted_by_a_stop_signal(chapter: Chapter) {
+    crate::chapter_only!("which threads block signals is up to each program");
     let server = Server::start_with(chapter.exe, &["--threads", "4"]);
     served(server.addr());
     let blocked = server.threads("SigBlk:");
@@ -70,16 +71,18 @@ pub fn no_thread_can_be_interrupted_by_a_stop_signal(chapter: Chapter) {
     }
 }
 
-/// As many per loop, by the kernel's own account.
+/// As many per loop, by the kernel's own account, and none on the loop that accepts.
 pub fn clients_are_spread_evenly(chapter: Chapter) {
     raise_fd_limit();
     let server = Server::start_with(chapter.exe, &["--threads", "4"]);
     let before = server.epoll_sizes();
     let clients: Vec<TcpStream> = (0..1000).map(|_| served(server.addr())).collect();
     let after = server.epoll_sizes();
-    let grown: Vec<usize> =
+    let mut grown: Vec<usize> =
         after.iter().zip(&before).map(|(after, before)| after - before).collect();
-    assert_eq!(grown, [0, 250, 250, 250, 250]);
+    // Another program may accept without epoll.
+    grown.retain(|size| *size > 0);
+    assert_eq!(grown, [250; 4], "from {before:?} to {after:?}");
     // They stay where they are.
     clients.iter().for_each(|client| assert_echo(client, &frame(1, b"still here")));
     assert_eq!(server.epoll_sizes(), after);
@@ -96,9 +99,10 @@ pub fn an_idle_thread_does_not_wake_up(chapter: Chapter) {
 
 pub fn the_limit_is_one_for_all_threads(chapter: Chapter) {
     let server = Server::start_with(chapter.exe, &["--threads", "4", "--max-conns", "10"]);
+    let fds = server.fds();
     for _ in 0..3 {
         let clients: Vec<TcpStream> = (0..10).map(|_| served(server.addr())).collect();
-        assert_eq!(read_to_end(&server.connect()), frame(-1, b"server is full"));
+        assert_bytes(read_to_end(&server.connect()), frame(-1, b"server is full"));
         drop(clients);
         wait_until("a place is free on each thread", || {
             let clients: Vec<TcpStream> = (0..10).map(|_| server.connect()).collect();
@@ -107,7 +111,7 @@ pub fn the_limit_is_one_for_all_threads(chapter: Chapter) {
                 read(client, 4) == 1_i32.to_le_bytes()
             })
         });
-        wait_until("they are gone", || server.epoll_sizes().iter().skip(1).all(|size| *size == 1));
+        wait_until("they are gone", || server.fds() == fds);
     }
 }
 
@@ -135,12 +139,13 @@ pub fn clients_that_come_and_go_leave_nothing_behind(chapter: Chapter) {
         }
     });
     wait_until("all fds are closed", || server.fds() == fds);
-    assert!(!server.log().contains("WARN"), "{}", server.log());
+    server.assert_not_logged("WARN");
     served(server.addr());
 }
 
 /// As there are too few fds for them.
 pub fn a_worker_that_cannot_start_ends_the_server(chapter: Chapter) {
+    crate::chapter_only!("it counts the chapter's fds, and reads its error messages");
     let script = "ulimit -n 24; exec \"$0\" --addr 127.0.0.1:0 --threads 8";
     let output = run_command(Command::new("sh").args(["-c", script, chapter.exe]));
     assert_eq!(output.status.code(), Some(1), "{output:?}");

@@ -11,8 +11,8 @@ use crate::every_config::Done;
 use crate::every_reactor::Chapter;
 use crate::every_udp::{assert_udp_echo, connect_udp};
 use crate::{
-    LIMIT, Server, Signal, assert_echo, connect, exchange, frame, narrow, pattern, read,
-    read_to_end, reset, served, wait_until, write,
+    LIMIT, Server, Signal, assert_bytes, assert_echo, connect, exchange, frame, narrow, pattern,
+    read, read_to_end, reset, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`, which puts `$before` before each text that it
@@ -26,7 +26,6 @@ macro_rules! every_publisher {
             $(
                 #[test]
                 fn $promise() {
-                    harness::chapter_only!("it needs the chapter's own options and log");
                     harness::every_publisher::$promise($chapter, $before);
                 }
             )*
@@ -85,7 +84,7 @@ fn all_served<const N: usize>(server: &Server) -> [TcpStream; N] {
 fn assert_published(publisher: &TcpStream, message: &[u8], before: &[u8]) {
     write(publisher, message);
     let arriving = arriving(message, before);
-    assert_eq!(read(publisher, arriving.len()), arriving);
+    assert_bytes(read(publisher, arriving.len()), &arriving);
 }
 
 /// Nothing else has arrived.
@@ -133,7 +132,7 @@ pub fn a_message_reaches_every_client_of_every_thread_once(chapter: Chapter, bef
             write(publisher, &message);
             let arriving = arriving(&message, before);
             for client in &clients {
-                assert!(read(client, arriving.len()) == arriving, "{n} bytes");
+                assert_bytes(read(client, arriving.len()), &arriving);
             }
         }
     }
@@ -146,10 +145,10 @@ pub fn a_message_that_is_too_long_reaches_nobody(chapter: Chapter, before: &[u8]
     let too_long = [3, LONGEST as i32 + 1].map(i32::to_le_bytes).concat();
     write(&publisher, &[numbered(1), too_long].concat());
     let arriving = arriving(&numbered(1), before);
-    assert_eq!(read_to_end(&publisher), arriving);
+    assert_bytes(read_to_end(&publisher), &arriving);
     server.wait_for_log("refused: message length 65528");
     for client in &others {
-        assert_eq!(read(client, arriving.len()), arriving);
+        assert_bytes(read(client, arriving.len()), &arriving);
         ping(client);
     }
 }
@@ -214,12 +213,12 @@ pub fn twenty_thousand_messages_in_one_go_lose_none_and_end_nobody(
         let bytes: Vec<u8> = (0..20_000)
             .flat_map(|n| [numbered(n), if n % 7 == 0 { echo(n) } else { Vec::new() }].concat())
             .collect();
-        assert!(exchange(&publisher, bytes.clone()) == arriving(&bytes, before));
+        assert_bytes(exchange(&publisher, bytes.clone()), arriving(&bytes, before));
         for client in [&receiver, &other] {
-            assert!(read(client, published.len()) == published);
+            assert_bytes(read(client, published.len()), &published);
             ping(client);
         }
-        assert!(!server.log().contains("dropped"), "{}", server.log());
+        server.assert_not_logged("dropped");
     }
 }
 
@@ -230,7 +229,7 @@ pub fn a_publisher_gets_its_own_message_before_its_end(chapter: Chapter, before:
         let messages = numbered(n).repeat(1 + n % 3 * 600);
         write(&publisher, &messages);
         publisher.shutdown(Shutdown::Write).unwrap();
-        assert!(read_to_end(&publisher) == arriving(&messages, before), "publisher {n}");
+        assert_bytes(read_to_end(&publisher), arriving(&messages, before));
     }
 }
 
@@ -271,7 +270,7 @@ pub fn a_client_that_does_not_read_is_ended_and_others_go_on(chapter: Chapter, b
         write(&publisher, &messages);
         // Together they read what is sent before more of it is.
         for client in [&publisher, &receiver] {
-            assert!(read(client, arriving.len()) == arriving);
+            assert_bytes(read(client, arriving.len()), &arriving);
         }
     }
     server.wait_for_log(&format!("{peer}: dropped: it reads too slowly"));
@@ -346,11 +345,11 @@ pub fn a_datagram_is_published_once_and_its_sender_gets_no_copy(chapter: Chapter
         let message = frame(3, &pattern(n, 1));
         udp.send(&message).unwrap();
         let arriving = arriving(&message, before);
-        clients.iter().for_each(|client| assert!(read(client, arriving.len()) == arriving));
+        clients.iter().for_each(|client| assert_bytes(read(client, arriving.len()), &arriving));
     }
     assert_udp_echo(&udp, b"the only reply");
     clients.iter().for_each(ping);
-    assert!(!server.log().contains("dropped"), "{}", server.log());
+    server.assert_not_logged("dropped");
 }
 
 /// The sum of the numbers that the log has after `text`.
@@ -375,6 +374,7 @@ fn numbers(bytes: &[u8], before: &[u8]) -> Vec<usize> {
 
 /// One thread takes longer to send to a hundred clients than another to publish.
 pub fn a_datagram_without_room_is_dropped_and_counted(chapter: Chapter, before: &[u8]) {
+    crate::chapter_only!("it reads the chapter's log");
     let mut server = start(chapter, "1");
     let (clients, udp): ([_; 100], _) = (all_served(&server), connect_udp(server.addr()));
     let mut sent = 0;
@@ -413,7 +413,7 @@ pub fn what_is_published_keeps_a_receiver_but_not_half_a_message(chapter: Chapte
     ping(&receiver);
     server.wait_for_log(&format!("{}: closed: message incomplete", midway.local_addr().unwrap()));
     read_to_end(&midway);
-    [publisher, receiver].iter().for_each(|client| assert_eq!(read_to_end(client), b""));
+    [publisher, receiver].iter().for_each(|client| assert_bytes(read_to_end(client), b""));
 }
 
 /// Reads what is left to read, also before a reset.
@@ -432,6 +432,7 @@ fn read_what_comes(mut client: &TcpStream) -> Vec<u8> {
 
 /// The publisher has its own copy of each message that was published.
 pub fn a_stop_in_a_storm_runs_each_task_or_counts_it(chapter: Chapter, before: &[u8]) {
+    crate::chapter_only!("it reads the chapter's log");
     for threads in 1..=3 {
         let mut server = start(chapter, &threads.to_string());
         let [publisher, receiver]: [_; 2] = all_served(&server);
@@ -477,10 +478,10 @@ pub fn what_was_published_before_the_stop_arrives(chapter: Chapter, before: &[u8
     write(&publisher, &messages);
     server.signal(Signal::SIGTERM);
     for client in [&publisher, &receiver] {
-        assert!(read_to_end(client) == arriving(&messages, before));
+        assert_bytes(read_to_end(client), arriving(&messages, before));
     }
     drop((publisher, receiver));
     assert_eq!(server.wait().code(), Some(0));
     server.assert_nothing_left();
-    assert!(!server.log().contains("tasks not run"), "{}", server.log());
+    server.assert_not_logged("tasks not run");
 }

@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
-use std::process::Command;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
@@ -92,16 +91,6 @@ impl Chapter {
         Server::start(self.exe)
     }
 
-    /// Starts it with a log of each connection.
-    #[track_caller]
-    fn start_talkative(&self) -> Server {
-        if crate::reactor_cmd().is_some() {
-            return self.start();
-        }
-        let args = ["--addr", "127.0.0.1:0"];
-        Server::from(Command::new(self.exe).args(args).env("RUST_LOG", "debug"))
-    }
-
     /// Sends `payload` and gets it back.
     #[track_caller]
     fn ping(&self, client: &TcpStream, payload: &[u8]) {
@@ -147,7 +136,7 @@ impl Chapter {
 
 /// Waits until the server has nothing more to do. One that spins never gets there.
 #[track_caller]
-fn wait_until_idle(server: &Server) {
+pub(crate) fn wait_until_idle(server: &Server) {
     wait_until("the server is idle", || {
         let before = server.cpu();
         thread::sleep(QUIET);
@@ -521,7 +510,7 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
     }
     let each = (server.status("VmRSS") - before) * 1024 / n as u64;
     // Another program may have larger objects, but no block for each client either.
-    let limit = if crate::reactor_cmd().is_some() { 2048 } else { chapter.idle };
+    let limit = if crate::is_other() { 2048 } else { chapter.idle };
     assert!(each <= limit, "each costs {each} bytes, and may cost {limit}");
     server.wait_until_asleep();
     server.signal(Signal::SIGTERM);
@@ -538,7 +527,7 @@ pub fn ten_thousand_idle_clients_hold_no_blocks(chapter: Chapter) {
 /// A client that looks idle may be sending at this very moment. So it gets a FIN, and has to close.
 pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
     for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        let mut server = chapter.start_talkative();
+        let mut server = Server::start_talkative(chapter.exe, &[]);
         let idle = server.connect();
         chapter.ping(&idle, b"hello");
         server.signal(signal);
@@ -554,7 +543,7 @@ pub fn stops_on_sigint_and_sigterm(chapter: Chapter) {
 /// The server waits for the client to close too.
 pub fn answers_what_arrived_before_the_signal(chapter: Chapter) {
     for n in [1, 40_000, 300_000] {
-        let mut server = chapter.start_talkative();
+        let mut server = Server::start_talkative(chapter.exe, &[]);
         let client = server.connect();
         let peer = client.local_addr().unwrap();
         chapter.ping(&client, b"hello");

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
-use std::process::{Command, Output, Stdio};
+use std::process::Output;
 use std::sync::mpsc;
 use std::thread;
 
@@ -13,8 +13,8 @@ use nix::unistd::pipe;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    LIMIT, QUIET, Server, Signal, frame, read, read_to_end, reset, run_client, served, wait_until,
-    write,
+    LIMIT, QUIET, Server, Signal, assert_bytes, frame, read, read_to_end, reset, run_client,
+    served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -28,7 +28,6 @@ macro_rules! every_router {
             $(
                 #[test]
                 fn $promise() {
-                    harness::chapter_only!("it needs the chapter's own options and log");
                     harness::every_router::$promise($chapter, $client);
                 }
             )*
@@ -51,9 +50,7 @@ macro_rules! every_router {
 #[track_caller]
 pub(crate) fn start_printing(chapter: Chapter) -> (Server, OwnedFd) {
     let (reader, writer) = pipe().unwrap();
-    let mut command = Command::new(chapter.exe);
-    command.args(["--addr", "127.0.0.1:0"]).stdout(Stdio::from(writer));
-    (Server::from(&mut command), reader)
+    (Server::start_printing(chapter.exe, writer), reader)
 }
 
 /// Waits for `text` in the pipe.
@@ -82,7 +79,7 @@ pub fn messages_with_id_2_are_printed_and_not_answered(chapter: Chapter, _: &[&s
 fn assert_echo_after(client: &TcpStream, bytes: &[u8]) {
     let echo = frame(1, b"the only reply");
     write(client, &[bytes, &echo].concat());
-    assert_eq!(read(client, echo.len()), echo);
+    assert_bytes(read(client, echo.len()), &echo);
 }
 
 pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
@@ -96,10 +93,10 @@ pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
     assert_echo_after(&other, &frame(77_777, b"served"));
     server.wait_for_log(&format!("{peer}: no callback for message id 0"));
     client.shutdown(Shutdown::Write).unwrap();
-    assert_eq!(read_to_end(&client), b"");
+    assert_bytes(read_to_end(&client), b"");
     server.wait_for_log(&format!("{peer}: messages skipped: 100004"));
-    let lines = server.log().lines().filter(|line| line.contains(&peer.to_string())).count();
-    assert_eq!(lines, 2, "{}", server.log());
+    server.assert_logged_once("no callback for message id 0");
+    server.assert_logged_once(&format!("{peer}: messages skipped"));
     let peer = other.local_addr().unwrap();
     reset(other);
     server.wait_for_log(&format!("{peer}: messages skipped: 1"));
@@ -133,6 +130,7 @@ pub fn the_client_prints_its_reply_and_has_it_printed(chapter: Chapter, client: 
 
 /// `localhost` may be ::1 first, where nothing listens.
 pub fn the_client_tries_every_address_of_a_name(chapter: Chapter, client: &[&str]) {
+    crate::chapter_only!("it tests the chapter's client");
     let server = Server::start(chapter.exe);
     let name = format!("localhost:{}", server.addr().port());
     assert_eq!(run_client(client, &name).status.code(), Some(0));
@@ -140,6 +138,7 @@ pub fn the_client_tries_every_address_of_a_name(chapter: Chapter, client: &[&str
 
 /// Unread input must not reset the connection before the server has read that message.
 pub fn the_client_closes_without_losing_its_last_message(_: Chapter, client: &[&str]) {
+    crate::chapter_only!("it tests the chapter's client");
     let (sender, receiver) = mpsc::channel();
     let addr = serve(move |stream| {
         read(&stream, 19);
@@ -173,6 +172,7 @@ pub(crate) fn assert_one_line(output: &Output, text: &str) {
 }
 
 pub fn a_failure_of_the_client_is_one_line(chapter: Chapter, client: &[&str]) {
+    crate::chapter_only!("it tests the chapter's client");
     let at = |addr: SocketAddr| run_client(client, &addr.to_string());
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     assert_one_line(&at(free), "cannot connect to");

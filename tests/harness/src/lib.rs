@@ -2,7 +2,7 @@
 //!
 //! Or another program, in any language: REACTOR_CMD is its command, such as `./mine --addr {addr}`,
 //! relative to the user's directory. `{addr}` is replaced by the address that the test asks for, or
-//! one with a free port.
+//! one with a free port. The chapter's options follow it, such as `--max-conns 10`, if a test has any.
 //!
 //! Every wait in here is for a condition, and panics after [`LIMIT`] at the caller's line.
 
@@ -24,7 +24,7 @@ use std::collections::VecDeque;
 use std::env;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
@@ -74,6 +74,42 @@ fn reactor_cmd() -> Option<&'static str> {
     COMMAND.as_deref()
 }
 
+/// Whether another program is tested.
+pub fn is_other() -> bool {
+    reactor_cmd().is_some()
+}
+
+/// The binary `exe` for `addr`, with options of its chapter, after the shell's `setup`; or if another
+/// program is tested, that one.
+pub fn program(setup: &str, exe: &str, addr: &str, options: &[&str]) -> Command {
+    let mut shell = Command::new("sh");
+    let command = match reactor_cmd() {
+        Some(command) => {
+            assert!(command.contains("{addr}"), "REACTOR_CMD does not contain {{addr}}: {command}");
+            // Cargo runs tests in another directory than the user's, but keeps PWD.
+            shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
+            command.replace("{addr}", addr)
+        }
+        None => format!("\"$0\" --addr '{addr}'"),
+    };
+    // `exec`, so that the pid, signals and limits are the program's own.
+    let script = format!("{setup}exec {command} \"$@\"");
+    shell.args(["-c", &script, exe]).args(options).env_remove("RUST_LOG");
+    shell
+}
+
+/// Checks that another program has failed, and said something about it.
+#[track_caller]
+pub fn assert_failed(output: &Output) {
+    let (code, stderr) = (output.status.code(), String::from_utf8_lossy(&output.stderr));
+    assert!(
+        code.is_some_and(|code| code != 0),
+        "expected: it fails; got: {}, {stderr}",
+        output.status
+    );
+    assert!(!stderr.is_empty(), "expected: it says on stderr why it fails");
+}
+
 /// When another program is tested, skips a test that only the chapter's own program can pass.
 #[macro_export]
 macro_rules! chapter_only {
@@ -87,7 +123,7 @@ macro_rules! chapter_only {
 
 /// Whether another program is tested; if so, reports the skipped test. For [`chapter_only!`].
 pub fn is_skipped(closure: &str, why: &str) -> bool {
-    let skipped = reactor_cmd().is_some();
+    let skipped = is_other();
     if skipped {
         let path = closure.trim_end_matches("::{{closure}}");
         let test = path.split_once("::").map_or(path, |(_, test)| test);
@@ -222,7 +258,7 @@ impl Process {
     #[track_caller]
     pub fn assert_grown_at_most(&self, limit: u64, before: u64) {
         let grown = self.status("VmRSS").saturating_sub(before);
-        let limit = if reactor_cmd().is_some() { 2 * limit + 8192 } else { limit };
+        let limit = if is_other() { 2 * limit + 8192 } else { limit };
         assert!(grown <= limit, "its memory has grown by {grown} KiB, and may by {limit} KiB");
     }
 
@@ -303,7 +339,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if thread::panicking() && reactor_cmd().is_some() {
+        if thread::panicking() && is_other() {
             for (client, len, start) in SENT.lock().unwrap().iter() {
                 eprintln!("sent     {} ({client}: {len} bytes)", hex_line(start));
             }
@@ -349,31 +385,71 @@ impl Server {
     /// Starts the server `exe` on `addr`.
     #[track_caller]
     pub fn start_on(exe: &str, addr: &str) -> Self {
-        if let Some(command) = reactor_cmd() {
-            return Self::start_other(command, addr, "");
+        if is_other() {
+            return Self::start_other(addr, "", &[], None);
         }
         Self::from(Command::new(exe).args(["--addr", addr]).env_remove("RUST_LOG"))
     }
 
-    /// Starts the chapter's server `exe` on a free port, with options of its own.
+    /// Starts the server `exe` on a free port, with options of its chapter.
     #[track_caller]
     pub fn start_with(exe: &str, options: &[&str]) -> Self {
+        if is_other() {
+            return Self::start_other("127.0.0.1:0", "", options, None);
+        }
         let mut command = Command::new(exe);
         Self::from(command.args(["--addr", "127.0.0.1:0"]).args(options).env_remove("RUST_LOG"))
+    }
+
+    /// [`start_with`](Self::start_with), and the chapter logs each connection.
+    #[track_caller]
+    pub fn start_talkative(exe: &str, options: &[&str]) -> Self {
+        if is_other() {
+            return Self::start_with(exe, options);
+        }
+        let mut command = Command::new(exe);
+        Self::from(command.args(["--addr", "127.0.0.1:0"]).args(options).env("RUST_LOG", "debug"))
+    }
+
+    /// Starts the server `exe` on a free port, with this standard output.
+    #[track_caller]
+    pub fn start_printing(exe: &str, stdout: OwnedFd) -> Self {
+        if is_other() {
+            return Self::start_other("127.0.0.1:0", "", &[], Some(stdout));
+        }
+        Self::from(program("", exe, "127.0.0.1:0", &[]).stdout(stdout))
     }
 
     /// Starts the server `exe` on a free port under `limit`, the arguments of the shell's ulimit:
     /// `-n 64` for a hard limit of 64 fds, `-Sn 64` for a soft one.
     #[track_caller]
     pub fn start_under(exe: &str, limit: &str) -> Self {
-        if let Some(command) = reactor_cmd() {
-            return Self::start_other(command, "127.0.0.1:0", &format!("ulimit {limit}; "));
-        }
-        let script = format!("ulimit {limit}; exec \"$0\" --addr 127.0.0.1:0");
-        let mut command = Command::new("sh");
         // Otherwise malloc(3) may map 64 MiB per thread, which count towards the limit on memory.
-        command.env("MALLOC_ARENA_MAX", "1").env_remove("RUST_LOG");
-        Self::from(command.args(["-c", &script, exe]))
+        Self::start_after(&format!("export MALLOC_ARENA_MAX=1; ulimit {limit}; "), exe, &[])
+    }
+
+    /// Starts the server `exe` on a free port, with options of its chapter, after the shell's `setup`.
+    #[track_caller]
+    pub fn start_after(setup: &str, exe: &str, options: &[&str]) -> Self {
+        if is_other() {
+            return Self::start_other("127.0.0.1:0", setup, options, None);
+        }
+        Self::from(&mut program(setup, exe, "127.0.0.1:0", options))
+    }
+
+    /// Runs the server `exe` on `addr`, with options of its chapter, and checks that it ends with
+    /// `code`. Returns its stderr. Of another program it checks that it fails and says
+    /// something, and returns an empty text.
+    #[track_caller]
+    pub fn fail(exe: &str, addr: &str, options: &[&str], code: i32) -> String {
+        let output = run_command(&mut program("", exe, addr, options));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        if is_other() {
+            assert_failed(&output);
+            return String::new();
+        }
+        assert_eq!((output.status.code(), &output.stdout[..]), (Some(code), &b""[..]), "{stderr}");
+        stderr.into_owned()
     }
 
     /// Starts a server with `command` and waits until its log says where it listens.
@@ -390,10 +466,9 @@ impl Server {
         Self { process, addr }
     }
 
-    /// Starts the program of REACTOR_CMD, after `limit`, and waits until it listens.
+    /// Starts the other program with `options`, after the shell's `setup`, and waits until it listens.
     #[track_caller]
-    fn start_other(command: &str, addr: &str, limit: &str) -> Self {
-        assert!(command.contains("{addr}"), "REACTOR_CMD does not contain {{addr}}: {command}");
+    fn start_other(addr: &str, setup: &str, options: &[&str], stdout: Option<OwnedFd>) -> Self {
         raise_fd_limit();
         let host = addr.rsplit_once(':').expect("HOST:PORT").0;
         let mut tries = 1..=10;
@@ -405,13 +480,15 @@ impl Server {
             let port = listener.local_addr().unwrap().port();
             drop(listener);
             let addr = format!("{host}:{port}");
-            // `exec`, so that the pid, signals and limits are the program's own.
-            let script = format!("{limit}exec >&2; exec {}", command.replace("{addr}", &addr));
-            let mut shell = Command::new("sh");
-            shell.args(["-c", &script]).stdin(Stdio::null()).env_remove("RUST_LOG");
-            // Cargo runs tests in another directory than the user's, but keeps PWD.
-            shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
-            let process = Process::start(&mut shell);
+            let mut command = match &stdout {
+                Some(stdout) => {
+                    let mut command = program(setup, "", &addr, options);
+                    command.stdout(stdout.try_clone().unwrap());
+                    command
+                }
+                None => program(&format!("{setup}exec >&2; "), "", &addr, options),
+            };
+            let process = Process::start(command.stdin(Stdio::null()));
 
             let start = Instant::now();
             while start.elapsed() < *PATIENCE && !process.has_ended() {
@@ -424,10 +501,13 @@ impl Server {
                 }
                 thread::sleep(Duration::from_millis(5));
             }
-            let lost_its_port = process.has_ended() && TcpListener::bind(&addr).is_err();
+            let is_taken = || TcpListener::bind(&addr).is_err() || UdpSocket::bind(&addr).is_err();
+            let lost_its_port = process.has_ended() && is_taken();
             if !lost_its_port || tries.next().is_none() {
                 let what = if process.has_ended() { "ended" } else { "timed out" };
-                panic!("{what} without listening on {addr}: {script}");
+                let command = reactor_cmd().unwrap_or_default().replace("{addr}", &addr);
+                let options = options.join(" ");
+                panic!("{what} without listening on {addr}: {setup}{command} {options}");
             }
         }
     }
@@ -436,7 +516,7 @@ impl Server {
     /// returns an empty line at once.
     #[track_caller]
     pub fn wait_for_log(&self, text: &str) -> String {
-        if reactor_cmd().is_some() { String::new() } else { self.process.wait_for_log(text) }
+        if is_other() { String::new() } else { self.process.wait_for_log(text) }
     }
 
     /// Checks in the chapter's log that its shutdown has left nothing behind, on any thread. Passes
@@ -455,7 +535,14 @@ impl Server {
     pub fn assert_logged_once(&self, text: &str) {
         let log = self.log();
         let once = log.matches(text).count() == 1;
-        assert!(once || reactor_cmd().is_some(), "{text:?} in the log:\n{log}");
+        assert!(once || is_other(), "{text:?} in the log:\n{log}");
+    }
+
+    /// Checks that the chapter's log does not contain `text`. Passes for another program.
+    #[track_caller]
+    pub fn assert_not_logged(&self, text: &str) {
+        let log = self.log();
+        assert!(!log.contains(text) || is_other(), "{text:?} in the log:\n{log}");
     }
 
     /// Where it listens.
@@ -597,8 +684,13 @@ pub fn wait_until_taken(stream: &TcpStream) {
 /// Waits until the peer, on this machine, has closed its end or shut it down for writing.
 #[track_caller]
 pub fn wait_until_closing(stream: &TcpStream) {
+    wait_until("the peer has closed", || is_closing(stream));
+}
+
+/// Whether the peer, on this machine, has closed its end or shut it down for writing.
+pub fn is_closing(stream: &TcpStream) -> bool {
     // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it has closed.
-    wait_until("the peer has closed", || ["04", "05", ""].contains(&&*peer_state(stream).0));
+    ["04", "05", ""].contains(&&*peer_state(stream).0)
 }
 
 /// The state and the queues of the peer's socket from /proc/net/tcp, in hexadecimal.
@@ -634,7 +726,7 @@ pub fn assert_silent(mut stream: &TcpStream) {
 #[track_caller]
 pub fn assert_echo(stream: &TcpStream, bytes: &[u8]) {
     write(stream, bytes);
-    assert_bytes(&read(stream, bytes.len()), bytes);
+    assert_bytes(read(stream, bytes.len()), bytes);
 }
 
 /// Checks that the bytes that were received are the expected ones, and shows where they are not.

@@ -1,4 +1,4 @@
-//! `cargo xtask grade`: runs a chapter's cases against a server of the learner's own. A case is one of the
+//! `cargo xtask grade`: runs a chapter's cases against a server (or client) of the learner's own. A case is one of the
 //! chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
 
 use std::env;
@@ -33,10 +33,12 @@ pub struct Cases {
 struct Case {
     /// In a word or two, joined by hyphens.
     name: String,
-    /// What the server has to do, in one sentence.
+    /// What the server or the client has to do, in one sentence.
     must: String,
     /// The section of the book about it, beside `docs/src`.
     page: String,
+    /// What to do or where to look if the case fails, without giving the code away.
+    hint: String,
     /// How to try it without the grader, if a line is enough.
     by_hand: Option<String>,
     /// The path of the test.
@@ -61,9 +63,10 @@ impl Cases {
         toml::from_str(&workspace.read(&path)?).context(path)
     }
 
-    /// Each case with its id, such as `3.4`, or only the one with this id or name.
+    /// Each case with its id, such as `3.4` or `client.1`, or only the one with this id or name.
     fn numbered(&self, chapter: &str, only: Option<&str>) -> Result<Vec<(String, &Case)>> {
-        let chapter = chapter.trim_start_matches(['v', '0']);
+        let name = chapter.rsplit('-').next().unwrap_or(chapter);
+        let chapter = name.trim_start_matches(['v', '0']);
         let id = |(n, case)| (format!("{chapter}.{}", n + 1), case);
         let mut cases: Vec<_> = self.cases.iter().enumerate().map(id).collect();
         if let Some(only) = only {
@@ -93,7 +96,7 @@ impl<'a> Grade<'a> {
     pub fn new(workspace: &'a Workspace, chapter: &'a str, command: &[String]) -> Result<Self> {
         ensure!(
             command.iter().any(|word| word.contains("{addr}")),
-            "the command has to contain {{addr}}, which stands for the HOST:PORT to listen on"
+            "the command has to contain {{addr}}, which stands for the server's HOST:PORT"
         );
         let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         // On a machine that takes longer for everything, the server may too.
@@ -131,7 +134,7 @@ impl<'a> Grade<'a> {
             }
         }
         writeln!(out, "\n{passed} of {} cases passed", cases.len())?;
-        if only.is_none() && passed == cases.len() {
+        if only.is_none() && passed == cases.len() && !self.chapter.contains("client") {
             notes::print(self.chapter, &self.command)?;
         }
         Ok(passed == cases.len())
@@ -163,7 +166,8 @@ impl<'a> Grade<'a> {
         cargo
             .args(["test", "--locked", "--manifest-path"])
             .arg(self.workspace.root.join("Cargo.toml"));
-        cargo.args(["--package", &format!("reactor-{}", self.chapter), "--test", self.chapter]);
+        let package = format!("reactor-{}", self.chapter);
+        cargo.args(["--package", &package, "--test", &self.chapter.replace('-', "_")]);
         cargo.args(args).env("REACTOR_CMD", &self.command).env_remove("RUST_BACKTRACE");
         cargo.env("REACTOR_LIMIT", patience.as_secs().to_string());
         cargo.output().context("cannot run cargo")
@@ -175,6 +179,7 @@ impl<'a> Grade<'a> {
             writeln!(out, "  {line}")?;
         }
         writeln!(out, "\n  read   docs/src/{}", case.page)?;
+        writeln!(out, "  hint   {}", case.hint)?;
         if let Some(command) = &case.by_hand {
             writeln!(out, "  try    {command}")?;
         }

@@ -98,7 +98,7 @@ enum Task {
         /// Where --start makes the crate
         #[arg(requires = "start")]
         dir: Option<PathBuf>,
-        /// How to start the server; {addr} stands for the HOST:PORT to listen on
+        /// How to start the server, or the client; {addr} stands for the server's HOST:PORT
         #[arg(last = true, required_unless_present_any = ["list", "start"])]
         command: Vec<String>,
     },
