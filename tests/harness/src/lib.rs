@@ -506,8 +506,8 @@ impl Server {
             if !lost_its_port || tries.next().is_none() {
                 let what = if process.has_ended() { "ended" } else { "timed out" };
                 let command = reactor_cmd().unwrap_or_default().replace("{addr}", &addr);
-                let options = options.join(" ");
-                panic!("{what} without listening on {addr}: {setup}{command} {options}");
+                let words = [&[&*command], options].concat().join(" ");
+                panic!("{what} without listening on {addr}: {setup}{words}");
             }
         }
     }

@@ -30,15 +30,15 @@ pub struct Cases {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Case {
+pub struct Case {
     /// In a word or two, joined by hyphens.
-    name: String,
+    pub name: String,
     /// What the server or the client has to do, in one sentence.
-    must: String,
+    pub must: String,
     /// The section of the book about it, beside `docs/src`.
     page: String,
     /// What to do or where to look if the case fails, without giving the code away.
-    hint: String,
+    pub hint: String,
     /// How to try it without the grader, if a line is enough.
     by_hand: Option<String>,
     /// The path of the test.
@@ -64,7 +64,7 @@ impl Cases {
     }
 
     /// Each case with its id, such as `3.4` or `client.1`, or only the one with this id or name.
-    fn numbered(&self, chapter: &str, only: Option<&str>) -> Result<Vec<(String, &Case)>> {
+    pub fn numbered(&self, chapter: &str, only: Option<&str>) -> Result<Vec<(String, &Case)>> {
         let name = chapter.rsplit('-').next().unwrap_or(chapter);
         let chapter = name.trim_start_matches(['v', '0']);
         let id = |(n, case)| (format!("{chapter}.{}", n + 1), case);
@@ -92,7 +92,7 @@ fn chapters(workspace: &Workspace) -> impl Iterator<Item = &str> {
 }
 
 impl<'a> Grade<'a> {
-    /// For a server that `command` starts. One of its words contains `{addr}`.
+    /// For a server that `command` starts. One of its words contains `{addr}`. Builds the tests.
     pub fn new(workspace: &'a Workspace, chapter: &'a str, command: &[String]) -> Result<Self> {
         ensure!(
             command.iter().any(|word| word.contains("{addr}")),
@@ -102,7 +102,10 @@ impl<'a> Grade<'a> {
         // On a machine that takes longer for everything, the server may too.
         let slowness = round_trip()?.as_secs_f64() / ROUND_TRIP.as_secs_f64();
         let patience = PATIENCE.mul_f64(slowness.clamp(1.0, 6.0));
-        Ok(Self { workspace, chapter, command, patience })
+        let grade = Self { workspace, chapter, command, patience };
+        let built = grade.test(&["--no-run"], patience)?;
+        ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        Ok(grade)
     }
 
     /// Runs the cases, up to the first failure or all of them, and writes the report to `out`. Returns whether
@@ -115,21 +118,11 @@ impl<'a> Grade<'a> {
         out: &mut impl Write,
     ) -> Result<bool> {
         let cases = cases.numbered(self.chapter, only)?;
-        let built = self.test(&["--no-run"], self.patience)?;
-        ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         let mut passed = 0;
         for (id, case) in &cases {
-            write!(out, "{id:5} {:16} ", case.name)?;
-            // The line is complete after the case, which may take a while.
-            out.flush()?;
-            let Some(why) = self.failure(case)? else {
-                writeln!(out, "pass")?;
+            if self.grade(id, case, true, out)? {
                 passed += 1;
-                continue;
-            };
-            writeln!(out, "FAIL")?;
-            self.explain(id, case, &why, out)?;
-            if !all {
+            } else if !all {
                 break;
             }
         }
@@ -138,6 +131,26 @@ impl<'a> Grade<'a> {
             notes::print(self.chapter, &self.command)?;
         }
         Ok(passed == cases.len())
+    }
+
+    /// Runs a case, writes the report to `out`, with the hint if there is to be one, and returns whether it
+    /// has passed.
+    pub fn grade(
+        &self,
+        id: &str,
+        case: &Case,
+        has_hint: bool,
+        out: &mut impl Write,
+    ) -> Result<bool> {
+        write!(out, "{id:5} {:16} ", case.name)?;
+        // The line is complete after the case, which may take a while.
+        out.flush()?;
+        let why = self.failure(case)?;
+        writeln!(out, "{}", if why.is_none() { "pass" } else { "FAIL" })?;
+        if let Some(why) = &why {
+            self.explain(id, case, why, has_hint, out)?;
+        }
+        Ok(why.is_none())
     }
 
     /// Runs a case, and a second time with twice the patience if that was the matter. If it fails, returns
@@ -173,13 +186,22 @@ impl<'a> Grade<'a> {
         cargo.output().context("cannot run cargo")
     }
 
-    fn explain(&self, id: &str, case: &Case, why: &str, out: &mut impl Write) -> Result<()> {
+    fn explain(
+        &self,
+        id: &str,
+        case: &Case,
+        why: &str,
+        has_hint: bool,
+        out: &mut impl Write,
+    ) -> Result<()> {
         writeln!(out, "\n  {}\n", case.must)?;
         for line in why.lines() {
             writeln!(out, "  {line}")?;
         }
         writeln!(out, "\n  read   docs/src/{}", case.page)?;
-        writeln!(out, "  hint   {}", case.hint)?;
+        if has_hint {
+            writeln!(out, "  hint   {}", case.hint)?;
+        }
         if let Some(command) = &case.by_hand {
             writeln!(out, "  try    {command}")?;
         }
@@ -219,7 +241,9 @@ pub(crate) fn report(stdout: &str) -> String {
     let lines = lines.take_while(|line| *line != "failures:");
     let (mut report, mut prefix) = (String::new(), "");
     for line in lines {
-        let is_noise = line.starts_with("note: ") || line.starts_with("thread '");
+        // Of the test itself, not of the server.
+        let is_noise =
+            prefix.is_empty() && (line.starts_with("note: ") || line.starts_with("thread '"));
         if line == "The program's output:" {
             prefix = "[yours] ";
         } else if !is_noise && !line.is_empty() {

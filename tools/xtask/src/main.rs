@@ -15,11 +15,12 @@ mod sequence;
 mod sources;
 mod starter;
 mod verdicts;
+mod watch;
 mod workspace;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{self, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
@@ -91,15 +92,17 @@ enum Task {
         #[arg(long, value_name = "CASE")]
         case: Option<String>,
         /// Makes a crate to begin with, in the new folder DIR
-        #[arg(long, requires = "dir")]
+        #[arg(long, requires = "dir", conflicts_with = "watch")]
         start: bool,
+        /// Grades again after each change in DIR. A crate there is built before, and needs no command
+        #[arg(long, requires = "dir", conflicts_with_all = ["all", "case", "list"])]
+        watch: bool,
         /// The chapter, for example v03
         chapter: String,
-        /// Where --start makes the crate
-        #[arg(requires = "start")]
+        /// The folder of your server, for --start or --watch
         dir: Option<PathBuf>,
         /// How to start the server, or the client; {addr} stands for the server's HOST:PORT
-        #[arg(last = true, required_unless_present_any = ["list", "start"])]
+        #[arg(last = true, required_unless_present_any = ["list", "start", "watch"])]
         command: Vec<String>,
     },
 }
@@ -132,8 +135,21 @@ fn run(task: Task) -> anyhow::Result<()> {
             ensure!(passed, "{id} isn't solved yet");
             Ok(())
         }
-        Task::Grade { chapter, dir: Some(dir), .. } => starter::make(&workspace, &chapter, &dir),
-        Task::Grade { all, list, case, chapter, command, .. } => {
+        Task::Grade { start: true, chapter, dir: Some(dir), .. } => {
+            starter::make(&workspace, &chapter, &dir)
+        }
+        Task::Grade { watch: true, chapter, dir: Some(dir), mut command, .. } => {
+            if command.is_empty() {
+                let program = path::absolute(dir.join("target/debug/mine"))?;
+                command = vec![program.display().to_string(), "--addr".into(), "{addr}".into()];
+            }
+            let cases = Cases::read(&workspace, &chapter)?;
+            let grade = Grade::new(&workspace, &chapter, &command)?;
+            watch::watch(&grade, &cases.numbered(&chapter, None)?, &dir)
+        }
+        Task::Grade { all, list, case, chapter, dir, command, .. } => {
+            let what = dir.map(|dir| dir.display().to_string());
+            ensure!(what.is_none(), "a folder is only for --start and --watch: {what:?}");
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
