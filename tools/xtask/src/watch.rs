@@ -1,6 +1,7 @@
 //! `cargo xtask grade --watch`: builds and grades a server each time one of its files is saved.
 
 use std::io::{Write, stdout};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
@@ -103,10 +104,10 @@ fn saves(dir: &Path) -> Result<(impl Watcher, Receiver<()>)> {
     let is_source = move |path: &PathBuf| {
         let inside = path.strip_prefix(&root).unwrap_or(path);
         let mut names = inside.components().map(|name| name.as_os_str().to_string_lossy());
-        let is_output =
-            |name: &str| name.starts_with('.') || name == "target" || name == "Cargo.lock";
-        // The folder itself changes too.
-        inside != Path::new("") && !names.any(|name| is_output(&name))
+        // The folder itself changes too. cargo gives `target` its name when it is complete.
+        let is_output = inside.as_os_str().as_bytes().starts_with(b"target")
+            || [Path::new(""), Path::new("Cargo.lock")].contains(&inside);
+        !is_output && !names.any(|name| name.starts_with('.'))
     };
     let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // A grader that reads a file has not changed it.
