@@ -164,9 +164,6 @@ class Server:
                     # The clients wait in the queue until one that is there has gone.
                     self.epoll.unregister(self.listener)
                 return
-            if is_wrong("one-client") and self.conns:
-                sock.close()
-                continue
             sock.setblocking(False)
             conn = self.conns[sock.fileno()] = Conn(sock)
             if is_wrong("always-wants-to-write"):
