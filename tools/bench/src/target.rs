@@ -138,7 +138,7 @@ impl Target {
     /// processor `cpu`, if any.
     ///
     /// # Errors
-    /// It cannot be started, or nobody can connect.
+    /// It cannot be started, or does not accept a connection.
     pub fn start_silent(
         mut command: Command,
         addr: SocketAddr,
