@@ -113,7 +113,7 @@ class Conn:
     def __init__(self, sock):
         self.sock = sock
         self.input = b""
-        self.output = b""
+        self.output = bytearray()
         self.is_at_end = False
         self.is_refused = False
         self.watched = select.EPOLLIN
@@ -198,7 +198,7 @@ class Server:
                 self.close(conn)
 
     def read(self, conn):
-        while conn.output == b"" or is_wrong("no-high-water-mark") or conn.is_refused:
+        while not conn.output or is_wrong("no-high-water-mark") or conn.is_refused:
             try:
                 data = conn.sock.recv(65536)
             except BlockingIOError:
@@ -212,17 +212,17 @@ class Server:
             self.answer(self, conn)
             if not is_wrong("writes-to-the-end"):
                 return
-            conn.sock.settimeout(5)
+            conn.sock.settimeout(60)
             conn.sock.sendall(conn.output)
             conn.sock.setblocking(False)
-            conn.output = b""
+            conn.output.clear()
 
     def write(self, conn):
         if conn.output:
             if is_wrong("shared-buffer"):
-                conn.output = self.last[: len(conn.output)]
+                conn.output[:] = self.last[: len(conn.output)]
             sent = conn.sock.send(conn.output)
-            conn.output = b"" if is_wrong("ignores-partial-writes") else conn.output[sent:]
+            del conn.output[: len(conn.output) if is_wrong("ignores-partial-writes") else sent]
         if conn.is_refused and not conn.output:
             if is_wrong("closes-refused-clients"):
                 raise ConnectionAbortedError
@@ -292,7 +292,8 @@ def answer_messages(server, conn):
         if len(conn.input) < 8:
             raise ConnectionAbortedError
         length = struct.unpack("<i", conn.input[4:8])[0]
-        conn.output, conn.input = conn.input[:8 + length], b""
+        conn.output += conn.input[:8 + length]
+        conn.input = b""
         return
     replies = []
     while len(conn.input) >= 8:

@@ -76,7 +76,7 @@ fn verdict(workspace: &Workspace, line: &str) -> Result<(bool, String)> {
 /// buffers or on the order of a batch, and at which of its calls a client learns that the server has ended.
 fn stable(output: &str) -> Result<String> {
     let large = r"(?s)\d{4,} bytes, expected .*?\^\^";
-    let ended = r"  (after|connecting|writing)[^\n]*\n(  sent[^\n]*\n)*(  The program has ended)";
+    let ended = r"  (after|connecting|writing|the server closed)[^\n]*\n(  sent[^\n]*\n)*(  The program has ended)";
     let output = Regex::new(large)?.replace_all(output, "N");
     let output = Regex::new(ended)?.replace_all(&output, "$3");
     Ok(Regex::new(r"\d{4,}|\b\d+(\.\d+)?s\b")?.replace_all(&output, "N").into_owned())
