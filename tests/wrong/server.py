@@ -19,7 +19,6 @@ CHAPTER, MISTAKE, ADDR = sys.argv[1:]
 HOST, PORT = ADDR.rsplit(":", 1)
 GREETING = b"hello Lars\n"
 MAX_PAYLOAD = 65527
-HIGH_WATER = 65536
 
 
 def is_wrong(mistake):

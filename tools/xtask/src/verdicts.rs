@@ -87,3 +87,22 @@ fn stable(output: &str) -> Result<String> {
     }
     Ok(output)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mistake_has_a_verdict() {
+        let workspace = Workspace::current().unwrap();
+        let read = |path: &str| workspace.read(path).unwrap();
+        let found = |pattern, text: &str| -> BTreeSet<String> {
+            let pattern = Regex::new(pattern).unwrap();
+            pattern.captures_iter(text).map(|found| found[1].to_owned()).collect()
+        };
+        let mistakes = found(r#"is_wrong\("([a-z-]+)"\)"#, &read("tests/wrong/server.py"));
+        let verdicts = found(r"(?m)^\$ v\d\d [a-z-]+ ([a-z-]+)$", &read(FILE));
+        assert_eq!(mistakes, verdicts);
+        assert!(mistakes.len() >= 30, "{} are left", mistakes.len());
+    }
+}
