@@ -34,6 +34,7 @@ fn leaks_no_fds() {
     let before = server.fds();
     for _ in 0..100 {
         assert_greeted(&server.connect());
+        harness::reset(server.connect());
     }
     harness::wait_until("all connections are closed", || server.fds() == before);
 }
@@ -63,7 +64,10 @@ fn a_client_that_does_not_close_delays_the_next_one_only_briefly() {
     let silent = server.connect();
     assert_greeted(&silent);
     let next = server.connect();
-    assert_silent(&next);
+    // Another program may have found a way not to delay it at all.
+    if !harness::is_other() {
+        assert_silent(&next);
+    }
     assert_greeted(&next);
 }
 

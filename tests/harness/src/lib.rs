@@ -152,6 +152,10 @@ impl Process {
                 let mut lines = lines.lock().unwrap();
                 lines.push_str(&String::from_utf8_lossy(&line));
                 lines.push('\n');
+                // Another program may write without end. Only its last lines are shown.
+                if is_other() && lines.len() > MAX_LOG {
+                    *lines = last_lines(&lines, MAX_LOG / 2).to_owned();
+                }
             }
         });
         Self { child, log }
@@ -258,7 +262,7 @@ impl Process {
     #[track_caller]
     pub fn assert_grown_at_most(&self, limit: u64, before: u64) {
         let grown = self.status("VmRSS").saturating_sub(before);
-        let limit = if is_other() { 2 * limit + 8192 } else { limit };
+        let limit = if is_other() { 2 * limit + 16_384 } else { limit };
         assert!(grown <= limit, "its memory has grown by {grown} KiB, and may by {limit} KiB");
     }
 
@@ -348,11 +352,39 @@ impl Drop for Process {
             if let Ok(Some(status)) = self.child.try_wait() {
                 eprintln!("The program has ended: {status}");
             }
-            eprintln!("The program's output:\n{}", self.log());
+            eprintln!("The program's output:\n{}", last_lines(&self.log(), 2000));
+        }
+        // First those that it has started, as long as they are its own.
+        if is_other() {
+            descendants(self.pid()).into_iter().for_each(|pid| {
+                let _ = signal::kill(pid, Signal::SIGKILL);
+            });
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// How many bytes of another program's output are kept.
+const MAX_LOG: usize = 1 << 16;
+
+/// The last whole lines of `text` that have at most `len` bytes in all.
+fn last_lines(text: &str, len: usize) -> &str {
+    let skipped = &text.as_bytes()[..text.len().saturating_sub(len)];
+    let newline = text.as_bytes()[skipped.len()..].iter().position(|byte| *byte == b'\n');
+    // After a newline, a character begins.
+    let start = if skipped.is_empty() { 0 } else { skipped.len() + newline.map_or(0, |at| at + 1) };
+    text.get(start..).unwrap_or_default()
+}
+
+/// The processes that `pid` has started, and those that they have started.
+fn descendants(pid: Pid) -> Vec<Pid> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = tasks.flat_map(|task| fs::read_to_string(task.path().join("children")));
+    let children: Vec<String> = children.collect();
+    let children = children.iter().flat_map(|pids| pids.split_whitespace());
+    let children = children.filter_map(|pid| pid.parse().ok().map(Pid::from_raw));
+    children.flat_map(|pid| [descendants(pid), vec![pid]].concat()).collect()
 }
 
 /// A server that listens on a free port.
@@ -504,10 +536,17 @@ impl Server {
             let is_taken = || TcpListener::bind(&addr).is_err() || UdpSocket::bind(&addr).is_err();
             let lost_its_port = process.has_ended() && is_taken();
             if !lost_its_port || tries.next().is_none() {
-                let what = if process.has_ended() { "ended" } else { "timed out" };
                 let command = reactor_cmd().unwrap_or_default().replace("{addr}", &addr);
                 let words = [&[&*command], options].concat().join(" ");
-                panic!("{what} without listening on {addr}: {setup}{words}");
+                let what = if process.has_ended() { "ended" } else { "ran" };
+                let who = if TcpStream::connect(&addr).is_ok() {
+                    "; another process does, but it has to be the command's own (a shell can `exec` a server)"
+                } else if process.has_ended() {
+                    ""
+                } else {
+                    "; timed out"
+                };
+                panic!("{what} without listening on {addr}: {setup}{words}{who}");
             }
         }
     }

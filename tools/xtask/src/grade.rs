@@ -17,6 +17,9 @@ use crate::workspace::Workspace;
 /// How long a test waits for the server on a machine that is quick and has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How many of the last lines are shown that a server has written.
+const MAX_YOURS: usize = 20;
+
 /// How long a byte and its echo between two threads take there.
 const ROUND_TRIP: Duration = Duration::from_micros(25);
 
@@ -79,7 +82,7 @@ impl Cases {
     /// Prints each case: its id, its name and what it asks.
     pub fn list(&self, chapter: &str, only: Option<&str>) -> Result<()> {
         for (id, case) in self.numbered(chapter, only)? {
-            println!("{id:5} {:16} {}", case.name, case.must);
+            writeln!(std::io::stdout(), "{id:5} {:16} {}", case.name, case.must)?;
         }
         Ok(())
     }
@@ -98,6 +101,12 @@ impl<'a> Grade<'a> {
             command.iter().any(|word| word.contains("{addr}")),
             "the command has to contain {{addr}}, which stands for the server's HOST:PORT"
         );
+        let program = command.first().map_or("", |word| word);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "command -v \"$1\" >/dev/null", "sh", program]);
+        // Cargo keeps the user's directory there.
+        shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
+        ensure!(shell.status()?.success(), "no program {program:?}, or it is not executable");
         let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         // On a machine that takes longer for everything, the server may too.
         let slowness = round_trip()?.as_secs_f64() / ROUND_TRIP.as_secs_f64();
@@ -199,7 +208,8 @@ impl<'a> Grade<'a> {
             writeln!(out, "  {line}")?;
         }
         writeln!(out, "\n  read   docs/src/{}", case.page)?;
-        if has_hint {
+        // Before it listens, no hint of a case is of use.
+        if has_hint && !why.contains("without listening") {
             writeln!(out, "  hint   {}", case.hint)?;
         }
         if let Some(command) = &case.by_hand {
@@ -238,23 +248,19 @@ fn round_trip() -> Result<Duration> {
 /// What a failed test says, from the output of libtest: its message, then what the server wrote.
 pub(crate) fn report(stdout: &str) -> String {
     let lines = stdout.lines().skip_while(|line| !line.starts_with("---- ")).skip(1);
-    let lines = lines.take_while(|line| *line != "failures:");
-    let (mut report, mut prefix) = (String::new(), "");
-    for line in lines {
-        // Of the test itself, not of the server.
-        let is_noise =
-            prefix.is_empty() && (line.starts_with("note: ") || line.starts_with("thread '"));
-        if line == "The program's output:" {
-            prefix = "[yours] ";
-        } else if !is_noise && !line.is_empty() {
-            report += &format!("{prefix}{line}\n");
-        }
-    }
-    report
+    let lines = lines.take_while(|line| *line != "failures:").filter(|line| !line.is_empty());
+    let mut lines = lines.collect::<Vec<_>>().into_iter();
+    let is_noise =
+        |line: &&str| ["note: ", "thread '", "---- "].iter().any(|start| line.starts_with(start));
+    let said = lines.by_ref().take_while(|line| *line != "The program's output:");
+    let said: Vec<_> = said.filter(|line| !is_noise(line)).map(str::to_owned).collect();
+    let last = lines.len().saturating_sub(MAX_YOURS);
+    let yours = lines.skip(last).map(|line| format!("[yours] {line}"));
+    said.into_iter().chain(yours).map(|line| line + "\n").collect()
 }
 
 /// `word` for a POSIX shell.
-fn quoted(word: &str) -> String {
+pub fn quoted(word: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_./:={},@%+".contains(c);
     if !word.is_empty() && word.chars().all(is_plain) {
         return word.to_owned();

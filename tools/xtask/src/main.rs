@@ -83,7 +83,7 @@ enum Task {
     /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
     #[command(override_usage = "scripts/grade.sh CHAPTER [--all] [--case CASE] -- COMMAND...
        scripts/grade.sh CHAPTER --list
-       scripts/grade.sh CHAPTER DIR --watch [-- COMMAND...]
+       scripts/grade.sh CHAPTER DIR [--watch] [-- COMMAND...]
        scripts/grade.sh --start CHAPTER DIR
        scripts/grade.sh exercise ID")]
     Grade {
@@ -99,15 +99,15 @@ enum Task {
         /// Makes a crate to begin with, in the new folder DIR
         #[arg(long, requires = "dir", conflicts_with = "watch")]
         start: bool,
-        /// Grades again after each change in DIR. A crate there is built before, and needs no command
+        /// Grades again after each change in DIR
         #[arg(long, requires = "dir", conflicts_with_all = ["all", "case", "list"])]
         watch: bool,
         /// The chapter, for example v03
         chapter: String,
-        /// The folder of your server, for --start or --watch
+        /// The folder of your server. A crate there is built, and needs no command
         dir: Option<PathBuf>,
         /// How to start the server, or the client; {addr} stands for the server's HOST:PORT
-        #[arg(last = true, required_unless_present_any = ["list", "start", "watch"])]
+        #[arg(last = true, required_unless_present_any = ["list", "dir"])]
         command: Vec<String>,
     },
 }
@@ -115,11 +115,18 @@ enum Task {
 fn main() -> ExitCode {
     match run(Args::parse().task) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads the output has seen enough.
+        Err(err) if is_broken_pipe(&err) => ExitCode::FAILURE,
         Err(err) => {
             eprintln!("error: {err:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(err: &anyhow::Error) -> bool {
+    let err = err.downcast_ref::<std::io::Error>();
+    err.is_some_and(|err| err.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 fn run(task: Task) -> anyhow::Result<()> {
@@ -143,23 +150,24 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Grade { start: true, chapter, dir: Some(dir), .. } => {
             starter::make(&workspace, &chapter, &dir)
         }
-        Task::Grade { watch: true, chapter, dir: Some(dir), mut command, .. } => {
-            if command.is_empty() {
-                let program = path::absolute(dir.join("target/debug/mine"))?;
-                command = vec![program.display().to_string(), "--addr".into(), "{addr}".into()];
-            }
-            let cases = Cases::read(&workspace, &chapter)?;
-            let grade = Grade::new(&workspace, &chapter, &command)?;
-            watch::watch(&grade, &cases.numbered(&chapter, None)?, &dir)
-        }
-        Task::Grade { all, list, case, chapter, dir, command, .. } => {
-            let what = dir.map(|dir| dir.display().to_string());
-            ensure!(what.is_none(), "a folder is only for --start and --watch: {what:?}");
+        Task::Grade { all, list, watch, case, chapter, dir, mut command, .. } => {
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
             }
+            if let (Some(dir), true) = (&dir, command.is_empty()) {
+                let manifest = dir.join("Cargo.toml");
+                ensure!(manifest.exists(), "no {}: add -- COMMAND", manifest.display());
+                let program = path::absolute(dir.join("target/debug/mine"))?;
+                command = vec![program.display().to_string(), "--addr".into(), "{addr}".into()];
+            }
+            let dir = dir.as_deref();
+            // A crate has no program yet.
+            ensure!(dir.map_or(Ok(true), watch::build)? || watch, "it does not build");
             let grade = Grade::new(&workspace, &chapter, &command)?;
+            if let (Some(dir), true) = (dir, watch) {
+                return watch::watch(&grade, &cases.numbered(&chapter, None)?, dir);
+            }
             let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;
             ensure!(passed, "not all cases have passed");
             Ok(())

@@ -2,6 +2,7 @@
 //! own. A note is no verdict.
 
 use std::env;
+use std::io::{Write, stdout};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
@@ -39,7 +40,8 @@ pub fn print(chapter: &str, command: &str) -> Result<()> {
             Ok(value) => format!("{value:.decimals$}"),
             Err(err) => format!("not measured: {err:#};"),
         };
-        println!("note  {name:16} {} {unit} ({}: {})", text(&yours), server.name, text(&own));
+        let (yours, name_of, own) = (text(&yours), &server.name, text(&own));
+        writeln!(stdout(), "note  {name:16} {yours} {unit} ({name_of}: {own})")?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Write;
 use std::ops::Range;
 use std::path::{self, Path};
 
@@ -15,6 +16,7 @@ use proc_macro2::{Span, TokenStream, TokenTree};
 use regex::Regex;
 use syn::spanned::Spanned;
 
+use crate::grade::quoted;
 use crate::sources::{ident_of, since};
 use crate::workspace::Workspace;
 
@@ -289,19 +291,19 @@ pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
     ensure!(!dir.exists() || fs::read_dir(dir)?.next().is_none(), "{} is not empty", dir.display());
 
     let dir = path::absolute(dir)?;
-    let (root, mine) = (workspace.root.display(), dir.display());
+    let (root, mine) = (workspace.root.display(), quoted(&dir.display().to_string()));
     let todo: usize = files.values().map(|text| text.matches("todo!()").count()).sum();
     let page = chapter.rsplit('-').next().unwrap_or(chapter);
     let commands = format!(
-        "cargo build --manifest-path {mine}/Cargo.toml\n\
-        scripts/grade.sh {chapter} -- {mine}/target/debug/mine --addr {{addr}}\n"
+        "scripts/grade.sh {chapter} {mine}\n\
+        scripts/grade.sh {chapter} {mine} --watch\n"
     );
     let readme = format!(
         "# Chapter {chapter}, to be completed\n\n\
         Each of the {todo} `todo!()` in `src` and `common/src` stands for a function that is new or changed in\n\
         this chapter. All others are there. The page to read is docs/src/{page}.md; the chapter's own code is in\n\
         reactor-{chapter}/src and common/src.\n\n\
-        Build it and grade it, in {root}:\n\n```sh\n{commands}```\n"
+        Build it and grade it in {root}, once or each time you save a file:\n\n```sh\n{commands}```\n"
     );
     files.insert("README.md".to_owned(), readme);
     for (path, text) in &files {
@@ -309,8 +311,10 @@ pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
         fs::create_dir_all(path.parent().unwrap_or(&dir))?;
         fs::write(&path, text).with_context(|| path.display().to_string())?;
     }
-    print!("{mine}: {todo} functions to write. Its README.md says more. In {root}:\n\n{commands}");
-    Ok(())
+    let text = format!(
+        "{mine}: {todo} functions to write. Its README.md says more. In {root}:\n\n{commands}"
+    );
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
 }
 
 #[cfg(test)]

@@ -34,9 +34,15 @@ pub fn watch(grade: &Grade<'_>, cases: &[(String, &Case)], dir: &Path) -> Result
     let (_watcher, saves) = saves(dir)?;
     let mut passed = vec![false; cases.len()];
     let mut at = 0;
+    let mut is_repeated = false;
     loop {
         if build(dir)? {
             at = grade_from(grade, cases, &mut passed, at)?;
+        }
+        // A file was saved meanwhile. Once only: it may be the server that writes files.
+        is_repeated = saves.try_iter().count() > 0 && !is_repeated;
+        if is_repeated {
+            continue;
         }
         let (id, case) = &cases[at];
         loop {
@@ -79,13 +85,15 @@ fn grade_from(
 }
 
 /// Builds the crate in `dir`, if there is one. Returns whether there is something to grade.
-fn build(dir: &Path) -> Result<bool> {
+pub fn build(dir: &Path) -> Result<bool> {
     let manifest = dir.join("Cargo.toml");
     if !manifest.exists() {
         return Ok(true);
     }
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--quiet", "--manifest-path"]).arg(manifest);
+    // Wherever the user has cargo build other things.
+    cargo.arg("--target-dir").arg(dir.join("target"));
     // The toolchain is that of the crate, not of this program.
     let status = cargo.env_remove("RUSTUP_TOOLCHAIN").status().context("cannot run cargo")?;
     if !status.success() {
@@ -136,14 +144,6 @@ fn wait(saves: &Receiver<()>) -> Result<Action> {
 
 fn next_action(saves: &Receiver<()>, has_keys: bool) -> Result<Action> {
     loop {
-        match saves.try_recv() {
-            Ok(()) => {
-                while saves.recv_timeout(SETTLED).is_ok() {}
-                return Ok(Action::Save);
-            }
-            Err(TryRecvError::Disconnected) => return Ok(Action::Quit),
-            Err(TryRecvError::Empty) => {}
-        }
         if !has_keys {
             thread::sleep(SETTLED);
         } else if event::poll(SETTLED)?
@@ -160,6 +160,14 @@ fn next_action(saves: &Receiver<()>, has_keys: bool) -> Result<Action> {
                 }
                 _ => {}
             }
+        }
+        match saves.try_recv() {
+            Ok(()) => {
+                while saves.recv_timeout(SETTLED).is_ok() {}
+                return Ok(Action::Save);
+            }
+            Err(TryRecvError::Disconnected) => return Ok(Action::Quit),
+            Err(TryRecvError::Empty) => {}
         }
     }
 }
