@@ -14,7 +14,7 @@ use crate::workspace::Workspace;
 pub const FILE: &str = "tests/wrong/verdicts.txt";
 
 /// How many servers are graded at a time. Most of them are waited for.
-const AT_ONCE: usize = 4;
+const AT_ONCE: usize = 6;
 
 /// Grades all of them again, and returns the file as it is now. With `check`, a difference is an error. The
 /// same server without a mistake has to pass, so that the mistake is what fails.
