@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::Write;
 use std::ops::Range;
-use std::path::{self, Path};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use proc_macro2::{Span, TokenStream, TokenTree};
@@ -290,7 +290,8 @@ pub fn make(workspace: &Workspace, chapter: &str, dir: &Path) -> Result<()> {
     ensure!(!place.starts_with(&workspace.root), "{} is in the course's folder", dir.display());
     ensure!(!dir.exists() || fs::read_dir(dir)?.next().is_none(), "{} is not empty", dir.display());
 
-    let dir = path::absolute(dir)?;
+    fs::create_dir_all(dir)?;
+    let dir = dir.canonicalize()?;
     let (root, mine) = (workspace.root.display(), quoted(&dir.display().to_string()));
     let todo: usize = files.values().map(|text| text.matches("todo!()").count()).sum();
     let page = chapter.rsplit('-').next().unwrap_or(chapter);
