@@ -12,10 +12,11 @@ readonly TOOLS=${CARGO_TARGET_DIR:-target}/tools
 
 usage() {
     cat <<'END'
-Usage: scripts/book.sh [--build | PORT]
+Usage: scripts/book.sh [--build | --archive | PORT]
 
 Builds the book into docs/book and serves it at http://127.0.0.1:PORT until Ctrl-C. The default PORT
-is 3000. With --build, builds the book and does not serve it.
+is 3000. With --build, builds the book and does not serve it. With --archive, also packs it into
+docs/reactor-book.tar.gz, to be unpacked anywhere and read without a server: open its index.html.
 END
 }
 
@@ -48,10 +49,11 @@ write_diffs() {
     done
 }
 
-port=3000
+port=3000 archive=''
 case $#:${1-} in
     1:-h | 1:--help) usage && exit ;;
     1:--build) port='' ;;
+    1:--archive) port='' archive=docs/reactor-book.tar.gz ;;
     0:) ;;
     *)
         port=${1-}
@@ -81,6 +83,10 @@ fi
 write_diffs
 "$mdbook" build docs
 
+if [[ -n $archive ]]; then
+    tar -czf "$archive" --transform 's,^book,reactor-book,' -C docs book
+    printf '%s\n' "$archive"
+fi
 if [[ -n $port ]]; then
     type -P python3 >/dev/null || scripts/install.sh python3
     exec python3 -m http.server --bind 127.0.0.1 --directory docs/book "$port"
