@@ -1042,7 +1042,7 @@ grade() { # CHAPTER CASE COMMAND...
 }
 
 # The starter of a chapter builds, and fails the chapter's first case; the chapter's own binary passes the last
-# one. A chapter without cases is only built.
+# one.
 check_starter() { # CHAPTER
     local cases
     "$ROOT/scripts/grade.sh" --start "$1" mine

@@ -96,6 +96,9 @@ pub fn counted(command: &Command, report: &Path) -> Command {
     // -D: strace runs as a detached grandchild, so that the child process is the server.
     strace.args(["-D", "-f", "-c", "-o"]).arg(report);
     strace.arg(command.get_program()).args(command.get_args());
+    if let Some(folder) = command.get_current_dir() {
+        strace.current_dir(folder);
+    }
     strace
 }
 

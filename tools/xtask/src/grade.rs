@@ -1,5 +1,5 @@
-//! `cargo xtask grade`: runs a chapter's cases against a server (or client) of the learner's own. A case is one of the
-//! chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
+//! `cargo xtask grade`: runs a chapter's cases against a server (or client) of the learner's own. A case is
+//! one of the chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
 
 use std::env;
 use std::io::{Read, Write};
@@ -17,11 +17,11 @@ use crate::workspace::Workspace;
 /// How long a test waits for the server on a machine that is quick and has nothing else to do.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How many of the last lines are shown that a server has written.
-const MAX_YOURS: usize = 20;
-
 /// How long a byte and its echo between two threads take there.
 const ROUND_TRIP: Duration = Duration::from_micros(25);
+
+/// How many of the last lines are shown that a server has written.
+const MAX_YOURS: usize = 20;
 
 /// The cases of one chapter, in the order in which you would build the server.
 #[derive(Deserialize)]
@@ -31,6 +31,7 @@ pub struct Cases {
     cases: Vec<Case>,
 }
 
+/// One of the chapter's tests, as a learner sees it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Case {
@@ -52,6 +53,9 @@ pub struct Case {
 pub struct Grade<'a> {
     workspace: &'a Workspace,
     chapter: &'a str,
+    /// The first word of the command.
+    program: String,
+    /// The command for a shell.
     command: String,
     /// How long a test waits for the server.
     patience: Duration,
@@ -101,20 +105,24 @@ impl<'a> Grade<'a> {
             command.iter().any(|word| word.contains("{addr}")),
             "the command has to contain {{addr}}, which stands for the server's HOST:PORT"
         );
-        let program = command.first().map_or("", |word| word);
-        let mut shell = Command::new("sh");
-        shell.args(["-c", "command -v \"$1\" >/dev/null", "sh", program]);
-        // Cargo keeps the user's directory there.
-        shell.current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
-        ensure!(shell.status()?.success(), "no program {program:?}, or it is not executable");
+        let program = command.first().cloned().unwrap_or_default();
         let command = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         // On a machine that takes longer for everything, the server may too.
         let slowness = round_trip()?.as_secs_f64() / ROUND_TRIP.as_secs_f64();
         let patience = PATIENCE.mul_f64(slowness.clamp(1.0, 6.0));
-        let grade = Self { workspace, chapter, command, patience };
+        let grade = Self { workspace, chapter, program, command, patience };
         let built = grade.test(&["--no-run"], patience)?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         Ok(grade)
+    }
+
+    /// Fails if the command names no program.
+    pub fn check_program(&self) -> Result<()> {
+        let program = &self.program;
+        let mut shell = users_shell("command -v \"$1\" >/dev/null");
+        let status = shell.args(["sh", program]).status()?;
+        ensure!(status.success(), "no program {program:?}, or it is not executable");
+        Ok(())
     }
 
     /// Runs the cases, up to the first failure or all of them, and writes the report to `out`. Returns whether
@@ -126,6 +134,7 @@ impl<'a> Grade<'a> {
         all: bool,
         out: &mut impl Write,
     ) -> Result<bool> {
+        self.check_program()?;
         let cases = cases.numbered(self.chapter, only)?;
         let mut passed = 0;
         for (id, case) in &cases {
@@ -222,6 +231,13 @@ impl<'a> Grade<'a> {
         )?;
         Ok(())
     }
+}
+
+/// A shell that runs `script` in the directory of the user, which cargo keeps in PWD.
+pub fn users_shell(script: &str) -> Command {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", script]).current_dir(env::var_os("PWD").unwrap_or_else(|| ".".into()));
+    shell
 }
 
 /// How long a byte and its echo over loopback take now, on average.

@@ -161,12 +161,12 @@ fn run(task: Task) -> anyhow::Result<()> {
                 let program = path::absolute(dir.join("target/debug/mine"))?;
                 command = vec![program.display().to_string(), "--addr".into(), "{addr}".into()];
             }
-            let dir = dir.as_deref();
-            // A crate has no program yet.
-            ensure!(dir.map_or(Ok(true), watch::build)? || watch, "it does not build");
             let grade = Grade::new(&workspace, &chapter, &command)?;
-            if let (Some(dir), true) = (dir, watch) {
-                return watch::watch(&grade, &cases.numbered(&chapter, None)?, dir);
+            if let Some(dir) = &dir {
+                if watch {
+                    return watch::watch(&grade, &cases.numbered(&chapter, None)?, dir);
+                }
+                ensure!(watch::build(dir)?, "not graded");
             }
             let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;
             ensure!(passed, "not all cases have passed");

@@ -1,18 +1,18 @@
 //! What the grader notes after the cases: figures of the learner's server, each beside that of the chapter's
 //! own. A note is no verdict.
 
-use std::env;
 use std::io::{Write, stdout};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use bench::target::{self, Server, Target};
 use bench::{calls, idle};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+use crate::grade::users_shell;
 
 /// How long to watch a server that has nothing to do, and how long to count its calls.
 const WATCHED: Duration = Duration::from_secs(1);
@@ -66,12 +66,8 @@ impl Starter<'_> {
         // From chapter 5 on a server has the chapter's options.
         let options = self.server.args().get(2..).unwrap_or_default().join(" ");
         let text = text.replace("{addr}", &addr.to_string());
-        let mut shell = Command::new("sh");
-        shell.args(["-c", &format!("exec {text} {options}")]);
-        let mut command = counted(shell);
-        // Cargo keeps the user's directory there.
-        command.current_dir(env::var_os("PWD").context("no PWD")?);
-        Target::start_silent(command, addr, None)
+        let shell = users_shell(&format!("exec {text} {options}"));
+        Target::start_silent(counted(shell), addr, None)
     }
 }
 

@@ -10,6 +10,7 @@ use std::fs;
 use std::io::Write;
 use std::ops::Range;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use proc_macro2::{Span, TokenStream, TokenTree};
@@ -223,30 +224,31 @@ fn sources<'a>(workspace: &'a Workspace, folder: &'a str) -> Result<BTreeMap<&'a
     sources.collect()
 }
 
-/// The chapter with which to compare `chapter`, as in scripts/chapters.sh.
-fn predecessor<'a>(chapters: &BTreeSet<&'a str>, chapter: &'a str) -> Option<&'a str> {
-    let mut servers = chapters.iter().filter(|name| !name.contains('-'));
-    match chapter.split_once('-') {
-        Some((server, _)) => Some(server),
-        None if chapter == "v13" => Some("v04"),
-        None => servers.rfind(|name| **name < chapter).copied(),
-    }
+/// The chapter with which to compare `chapter`, by scripts/chapters.sh; empty if there is none.
+fn predecessor(workspace: &Workspace, chapter: &str) -> Result<String> {
+    let mut bash = Command::new("bash");
+    bash.args(["-ec", "source scripts/chapters.sh; predecessor \"$1\"", "bash", chapter]);
+    let output = bash.current_dir(&workspace.root).output().context("cannot run bash")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?.trim_end().to_owned())
 }
 
 /// The files of the starter but its README, by their paths.
 fn files(workspace: &Workspace, chapter: &str) -> Result<BTreeMap<String, String>> {
-    let (start, end) = ("reactor-", "/Cargo.toml");
-    let chapters = workspace.files(start, end);
-    let chapters = chapters.map(|path| &path[start.len()..path.len() - end.len()]).collect();
-    let predecessor = predecessor(&chapters, chapter);
-    ensure!(chapters.contains(chapter), "no chapter {chapter:?}, but {chapters:?}");
     let (package, mut files) = (format!("reactor-{chapter}"), BTreeMap::new());
+    let chapters = bench::chapters(&workspace.root)?;
+    ensure!(
+        chapters.contains(&package),
+        "no chapter {chapter:?}, but {}",
+        chapters.join(", ").replace("reactor-", "")
+    );
+    let predecessor = predecessor(workspace, chapter)?;
 
     let folder = format!("{package}/src/");
     let own = sources(workspace, &folder)?;
     for (path, source) in &own {
-        let old = predecessor.map(|name| workspace.read(&format!("reactor-{name}/src/{path}")));
-        let old = old.and_then(Result::ok).unwrap_or_default();
+        // The first chapter has no predecessor, and others may not have this file.
+        let old = workspace.read(&format!("reactor-{predecessor}/src/{path}")).unwrap_or_default();
         let is_new = |part: &Part| !old.contains(&source.text[part.range.clone()]);
         let text = source.with(|_| false, |part| part.name != "main" && is_new(part));
         let is_root = *path == "main.rs" || path.starts_with("bin/");

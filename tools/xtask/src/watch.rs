@@ -37,6 +37,7 @@ pub fn watch(grade: &Grade<'_>, cases: &[(String, &Case)], dir: &Path) -> Result
     let mut is_repeated = false;
     loop {
         if build(dir)? {
+            grade.check_program()?;
             at = grade_from(grade, cases, &mut passed, at)?;
         }
         // A file was saved meanwhile. Once only: it may be the server that writes files.
