@@ -14,7 +14,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::{
-    LIMIT, QUIET, Server, connect, is_other, open_terminal, run, run_command, wait_until,
+    LIMIT, Server, connect, open_terminal, run, run_command, wait_until, wait_until_accepted,
     wait_until_closing,
 };
 
@@ -289,27 +289,13 @@ pub fn sleeps_when_idle(exe: &str, works: Works) {
     server.wait_until_asleep();
 }
 
-fn idle_fds(exe: &str) -> usize {
-    let server = Server::start(exe);
-    // It may listen before each of its threads has a loop.
-    server.wait_until_asleep();
-    server.fds()
-}
-
 pub fn can_be_restarted_at_once(exe: &str, works: Works) {
     let mut server = Server::start(exe);
     let addr = server.addr().to_string();
     works(&server.connect());
-    let idle = idle_fds(exe);
-    wait_until("it has closed the first connection", || server.fds() == idle);
     // This client does not close first, so that the server's side ends up in TIME_WAIT.
     let client = server.connect();
-    if is_other() {
-        // It may be closed again already.
-        thread::sleep(QUIET);
-    } else {
-        wait_until("it is accepted", || server.fds() > idle);
-    }
+    wait_until_accepted(&client);
     server.signal(Signal::SIGTERM);
     server.wait();
     drop(client);

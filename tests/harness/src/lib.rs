@@ -491,9 +491,13 @@ impl Server {
         let process = Process::start(command);
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
-        // It may have threads that have yet to set up their event loops.
+        // A new thread has its parent's name until it runs, and a worker an event loop soon after.
         wait_until("all threads wait for events", || {
-            process.threads("State:").iter().all(|(_, state)| state == "S")
+            let threads = process.threads("State:");
+            let of = |prefix| threads.iter().filter(|it| it.0.starts_with(prefix)).count();
+            let workers = of("worker-");
+            let have_loops = workers == 0 || process.epoll_sizes().len() > workers;
+            of("reactor-") == 1 && have_loops && threads.iter().all(|(_, state)| state == "S")
         });
         Self { process, addr }
     }
@@ -714,7 +718,7 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
     wait_until("the peer has read everything", || {
-        let (state, queues) = peer_state(stream);
+        let PeerSocket { state, queues, .. } = peer_socket(stream);
         assert!(!state.is_empty(), "the server has closed the connection");
         queues.ends_with(":00000000")
     });
@@ -729,20 +733,39 @@ pub fn wait_until_closing(stream: &TcpStream) {
 /// Whether the peer, on this machine, has closed its end or shut it down for writing.
 pub fn is_closing(stream: &TcpStream) -> bool {
     // FIN_WAIT1 and FIN_WAIT2: its FIN may still wait for room on this side. Or it has closed.
-    ["04", "05", ""].contains(&&*peer_state(stream).0)
+    ["04", "05", ""].contains(&&*peer_socket(stream).state)
 }
 
-/// The state and the queues of the peer's socket from /proc/net/tcp, in hexadecimal.
-fn peer_state(stream: &TcpStream) -> (String, String) {
+/// Waits until the peer, on this machine, has accepted the connection.
+#[track_caller]
+pub fn wait_until_accepted(stream: &TcpStream) {
+    // It may have closed it already.
+    let is_accepted = || !["", "0"].contains(&&*peer_socket(stream).inode) || is_closing(stream);
+    wait_until("the peer has accepted", is_accepted);
+}
+
+/// Fields from /proc/net/tcp, or empty strings.
+#[derive(Default)]
+struct PeerSocket {
+    /// In hexadecimal.
+    state: String,
+    /// In hexadecimal: what it has to send, and to read.
+    queues: String,
+    /// 0 while it belongs to no file: not accepted yet, or closed.
+    inode: String,
+}
+
+fn peer_socket(stream: &TcpStream) -> PeerSocket {
     let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
     // A connection that was reset no longer has a peer.
-    let Ok(theirs) = stream.peer_addr().map(port) else { return Default::default() };
+    let Ok(theirs) = stream.peer_addr().map(port) else { return PeerSocket::default() };
     let ours = port(stream.local_addr().unwrap());
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
     let mut sockets = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    sockets
-        .find(|fields| fields[1].ends_with(&theirs) && fields[2].ends_with(&ours))
-        .map_or_else(Default::default, |fields| (fields[3].to_owned(), fields[4].to_owned()))
+    let socket = sockets.find(|it| it[1].ends_with(&theirs) && it[2].ends_with(&ours));
+    let Some(fields) = socket else { return PeerSocket::default() };
+    let field = |n: usize| fields[n].to_owned();
+    PeerSocket { state: field(3), queues: field(4), inode: field(9) }
 }
 
 /// Checks that for a while nothing arrives, neither bytes nor the end of the stream.
