@@ -2,7 +2,9 @@
 //! one of the chapter's tests, with a name and a sentence; they are in `tests/cases`, one file for each chapter.
 
 use std::env;
+use std::fs;
 use std::io::{Read, Write};
+use std::iter;
 use std::net::{TcpListener, TcpStream};
 use std::process::{Command, Output};
 use std::thread;
@@ -10,8 +12,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
+use tempfile::TempDir;
 
 use crate::notes;
+use crate::replay;
 use crate::workspace::Workspace;
 
 /// How long a test waits for the server on a machine that is quick and has nothing else to do.
@@ -59,6 +63,8 @@ pub struct Grade<'a> {
     command: String,
     /// How long a test waits for the server.
     patience: Duration,
+    /// Where strace(1) writes what each server does, if it is to be recorded.
+    reports: Option<TempDir>,
 }
 
 impl Cases {
@@ -110,10 +116,31 @@ impl<'a> Grade<'a> {
         // On a machine that takes longer for everything, the server may too.
         let slowness = round_trip()?.as_secs_f64() / ROUND_TRIP.as_secs_f64();
         let patience = PATIENCE.mul_f64(slowness.clamp(1.0, 6.0));
-        let grade = Self { workspace, chapter, program, command, patience };
+        let grade = Self { workspace, chapter, program, command, patience, reports: None };
         let built = grade.test(&["--no-run"], patience)?;
         ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         Ok(grade)
+    }
+
+    /// Records what each server does, from now on.
+    pub fn record(&mut self) -> Result<()> {
+        self.reports = Some(tempfile::tempdir()?);
+        Ok(())
+    }
+
+    /// What strace has reported of the last server that a client has connected to.
+    pub fn last_report(&self) -> Result<String> {
+        let folder = self.reports.as_ref().context("nothing was recorded")?;
+        let mut last = None;
+        for report in fs::read_dir(folder)? {
+            let report = report?;
+            let text = fs::read_to_string(report.path())?;
+            if replay::has_clients(&text)? {
+                last = last.max(Some((report.metadata()?.modified()?, text)));
+            }
+        }
+        let (_, text) = last.context("no client has connected, so there is nothing to replay")?;
+        Ok(text)
     }
 
     /// Fails if the command names no program.
@@ -199,7 +226,19 @@ impl<'a> Grade<'a> {
             .arg(self.workspace.root.join("Cargo.toml"));
         let package = format!("reactor-{}", self.chapter);
         cargo.args(["--package", &package, "--test", &self.chapter.replace('-', "_")]);
-        cargo.args(args).env("REACTOR_CMD", &self.command).env_remove("RUST_BACKTRACE");
+        let command = match &self.reports {
+            None => self.command.clone(),
+            Some(folder) => {
+                let mut strace = replay::strace(&folder.path().join("report"));
+                // As a grandchild, so that the process that a test starts is the server.
+                strace.arg("-D");
+                let words = iter::once(strace.get_program()).chain(strace.get_args());
+                let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();
+                // $$ is another number for each server.
+                format!("{} {}", words.join(" ").replace("/report", "/\"$$\""), self.command)
+            }
+        };
+        cargo.args(args).env("REACTOR_CMD", command).env_remove("RUST_BACKTRACE");
         cargo.env("REACTOR_LIMIT", patience.as_secs().to_string());
         cargo.output().context("cannot run cargo")
     }

@@ -11,6 +11,7 @@ mod notes;
 mod pages;
 mod phrases;
 mod picture;
+mod replay;
 mod sequence;
 mod sources;
 mod starter;
@@ -74,6 +75,25 @@ enum Task {
         #[arg(long)]
         check: bool,
     },
+    /// Records the runs that pages replay: docs/src/runs/NAME.run
+    Record {
+        /// Changes nothing, and fails if a recording differs
+        #[arg(long)]
+        check: bool,
+        /// Only these, for example two-clients
+        names: Vec<String>,
+    },
+    /// Runs a server until Ctrl-C, and writes a page that replays what it did. Needs strace
+    #[command(override_usage = "scripts/replay.sh [--output FILE] CHAPTER [OPTIONS]...
+       scripts/replay.sh [--output FILE] COMMAND...")]
+    Replay {
+        /// The page
+        #[arg(long, value_name = "FILE", default_value = "replay.html")]
+        output: PathBuf,
+        /// A chapter, for example reactor-v03, or the command of another server; with its options
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Grades your solution of an exercise: runs its tests, those of the answer, on your working tree as
     /// it is. Changes nothing there
     Exercise {
@@ -81,7 +101,7 @@ enum Task {
         id: String,
     },
     /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
-    #[command(override_usage = "scripts/grade.sh CHAPTER [--all] [--case CASE] -- COMMAND...
+    #[command(override_usage = "scripts/grade.sh CHAPTER [--all] [--case CASE] [--record FILE] -- COMMAND...
        scripts/grade.sh CHAPTER --list
        scripts/grade.sh CHAPTER DIR [--watch] [-- COMMAND...]
        scripts/grade.sh --start CHAPTER DIR
@@ -96,6 +116,9 @@ enum Task {
         /// Only the case with this number or name, for example 3.4 or slow-reader
         #[arg(long, value_name = "CASE")]
         case: Option<String>,
+        /// Writes a page that replays what the server did in the last case. Needs strace
+        #[arg(long, value_name = "FILE", conflicts_with = "watch")]
+        record: Option<PathBuf>,
         /// Makes a crate to begin with, in the new folder DIR
         #[arg(long, requires = "dir", conflicts_with = "watch")]
         start: bool,
@@ -142,6 +165,8 @@ fn run(task: Task) -> anyhow::Result<()> {
             }
             Ok(())
         }
+        Task::Record { check, names } => replay::update(&workspace, &names, check),
+        Task::Replay { output, command } => replay::watch(&workspace, &command, &output),
         Task::Exercise { id } => {
             let passed = WorkspaceCopy::of(&workspace)?.grade(&workspace, &id)?;
             ensure!(passed, "{id} isn't solved yet");
@@ -150,7 +175,7 @@ fn run(task: Task) -> anyhow::Result<()> {
         Task::Grade { start: true, chapter, dir: Some(dir), .. } => {
             starter::make(&workspace, &chapter, &dir)
         }
-        Task::Grade { all, list, watch, case, chapter, dir, mut command, .. } => {
+        Task::Grade { all, list, watch, case, record, chapter, dir, mut command, .. } => {
             let (cases, only) = (Cases::read(&workspace, &chapter)?, case.as_deref());
             if list {
                 return cases.list(&chapter, only);
@@ -161,14 +186,20 @@ fn run(task: Task) -> anyhow::Result<()> {
                 let program = path::absolute(dir.join("target/debug/mine"))?;
                 command = vec![program.display().to_string(), "--addr".into(), "{addr}".into()];
             }
-            let grade = Grade::new(&workspace, &chapter, &command)?;
+            let mut grade = Grade::new(&workspace, &chapter, &command)?;
             if let Some(dir) = &dir {
                 if watch {
                     return watch::watch(&grade, &cases.numbered(&chapter, None)?, dir);
                 }
                 ensure!(watch::build(dir)?, "not graded");
             }
+            if record.is_some() {
+                grade.record()?;
+            }
             let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;
+            if let Some(page) = record {
+                replay::page_of(&workspace, &grade.last_report()?, &command[0], &page)?;
+            }
             ensure!(passed, "not all cases have passed");
             Ok(())
         }
@@ -190,7 +221,7 @@ fn docs(workspace: &Workspace, check: bool) -> anyhow::Result<()> {
         for block in pages::blocks(&page) {
             let Some(args) = block.comment_of("sequence") else { continue };
             let (name, bytes) = args.split_once(", ").unwrap_or((args, ""));
-            let svg = sequence::draw(picture::id(name), bytes, block.body)
+            let svg = sequence::draw(picture::id(name), bytes, block.body, usize::MAX)
                 .with_context(|| format!("{path}: {}", block.place()))?;
             files.insert(beside(path, name)?, svg);
         }

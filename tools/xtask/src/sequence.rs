@@ -38,8 +38,8 @@ impl Event {
     }
 }
 
-/// The SVG of a session's trace; an error if it has none.
-pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
+/// The SVG of a session's trace, with at most `most` steps; an error if it has none.
+pub fn draw(id: &str, bytes: &str, session: &str, most: usize) -> anyhow::Result<String> {
     const TITLE: &str = "The trace of the session as a sequence diagram";
     const DESC: &str = "From left to right the client, the kernel, the EventLoop and the callbacks, each with a \
         lifeline. Time runs downwards. The arrows are the lines of the trace, in their order. Bars on the \
@@ -54,7 +54,11 @@ pub fn draw(id: &str, bytes: &str, session: &str) -> anyhow::Result<String> {
     } else {
         ("EventLoop", "callbacks", DESC)
     };
-    let events = events(session, bytes);
+    let mut events = events(session, bytes);
+    if events.len() > most {
+        events.truncate(most);
+        events.push(Event::Note { at: LOOP, text: "and so on".to_owned() });
+    }
     ensure!(!events.is_empty(), "there is no trace in it");
     let steps = i32::try_from(events.len()).context("a short trace")?;
     let lines = events.iter().filter(|event| event.is_of_two_lines()).count();
@@ -326,6 +330,6 @@ mod tests {
     #[test]
     fn times_and_ports_do_not_change_the_picture() {
         let other = SESSION.replace("0.70", "3.9").replace("46242", "1").replace("7777", "2");
-        assert_eq!(draw("a", "", SESSION).unwrap(), draw("a", "", &other).unwrap());
+        assert_eq!(draw("a", "", SESSION, 99).unwrap(), draw("a", "", &other, 99).unwrap());
     }
 }

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, ensure};
+use regex::Regex;
+use serde::Serialize;
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 
@@ -115,6 +117,80 @@ impl Sources {
         let texts: anyhow::Result<Vec<_>> =
             items.split("; ").map(|item| source.excerpt(item).context(path.to_owned())).collect();
         Ok(format!("// {path}: {}\n\n{}", items.replace("; ", ", "), texts?.join("\n")))
+    }
+}
+
+/// A piece of a source that a replay shows.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Piece {
+    file: String,
+    name: String,
+    /// The number of the first line, from 1.
+    first: usize,
+    lines: Vec<String>,
+}
+
+/// Where a program's log lines come from.
+#[derive(Default)]
+pub struct Logs {
+    /// Each pattern with how much of it is literal, the line, and the function around it.
+    patterns: Vec<(Regex, usize, usize, Piece)>,
+    /// The functions that were asked for.
+    pub pieces: Vec<Piece>,
+}
+
+impl Sources {
+    /// The lines that a package and `common` may log.
+    pub fn logs(&self, package: &str) -> anyhow::Result<Logs> {
+        let logs = Regex::new(r#"\b(trace|debug|info|warn|error)!\(\s*"((?:[^"\\]|\\.)*)""#)?;
+        let (hole, mut patterns) = (Regex::new(r"\{[^}]*\}")?, Vec::new());
+        let folders = [format!("{package}/src/"), "common/src/".to_owned()];
+        for folder in folders {
+            for (file, source) in self.files.iter().filter(|(file, _)| file.starts_with(&folder)) {
+                for log in logs.captures_iter(&source.text) {
+                    let (_, [level, format]) = log.extract();
+                    let at = log.get(0).map_or(0, |it| it.start());
+                    let line = source.text[..at].matches('\n').count() + 1;
+                    let within = |item: &&Item| item.first_line <= line && line <= item.last_line;
+                    let Some(item) = source.items.iter().filter(within).next_back() else { continue };
+                    let lines = source.text.lines().enumerate().map(|(n, text)| (n + 1, text));
+                    let lines = lines.skip(item.first_line - 1).take(item.last_line + 1 - item.first_line);
+                    let lines = lines.skip_while(|(_, text)| text.trim_start().starts_with("///"));
+                    let lines: Vec<(usize, &str)> = lines.collect();
+                    let piece = Piece {
+                        file: file.clone(),
+                        name: item.path.clone(),
+                        first: lines[0].0,
+                        lines: lines.into_iter().map(|(_, text)| text.to_owned()).collect(),
+                    };
+                    let literal = hole.split(format).map(regex::escape).collect::<Vec<_>>();
+                    let level = level.to_uppercase();
+                    let pattern = Regex::new(&format!("^{level} {}$", literal.join(".*")))?;
+                    patterns.push((pattern, literal.concat().len(), line, piece));
+                }
+            }
+        }
+        Ok(Logs { patterns, pieces: Vec::new() })
+    }
+}
+
+impl Logs {
+    /// Whether nothing is known of the program.
+    pub fn is_empty(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
+    /// Where a line with its level comes from: the index of its function in `pieces`, and the number of the line that logs it; and
+    /// the function's name. Of several that could have logged it, the one that says most of it literally.
+    pub fn find(&mut self, line: &str) -> Option<((usize, usize), String)> {
+        let fits = self.patterns.iter().filter(|(pattern, ..)| pattern.is_match(line));
+        // The first of equals: the package comes before `common`.
+        let (_, _, number, piece) = fits.rev().max_by_key(|(_, literal, ..)| *literal)?;
+        let index = self.pieces.iter().position(|it| it == piece).unwrap_or_else(|| {
+            self.pieces.push(piece.clone());
+            self.pieces.len() - 1
+        });
+        Some(((index, *number), piece.name.clone()))
     }
 }
 

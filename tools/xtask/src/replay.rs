@@ -1,0 +1,276 @@
+//! Recorded runs: servers and clients that a page replays step by step, in `<reactor-replay>`.
+//!
+//! A script (`docs/src/runs/NAME.run`) says what the clients do. The server runs under strace(1) with its log at
+//! trace, and the recording becomes `NAME.json` beside the script and the picture `images/run-NAME.svg`.
+
+mod record;
+mod script;
+mod steps;
+mod strace;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use self::record::Recording;
+use self::script::{Act, Part, Script};
+use self::steps::Step;
+pub use self::strace::command as strace;
+use crate::picture;
+use crate::sequence;
+use crate::sources::{Logs, Piece, Sources};
+use crate::workspace::Workspace;
+
+/// Where the scripts and the recordings are.
+const RUNS: &str = "docs/src/runs/";
+
+/// How many arrows a run's picture has at most.
+const MOST_ARROWS: usize = 40;
+
+/// How often a run is recorded before it counts as different. Threads may take turns in another order.
+const TRIES: usize = 3;
+
+/// A run as a page has it.
+#[derive(Serialize)]
+struct Run {
+    title: String,
+    program: String,
+    sources: Vec<Piece>,
+    start: Map<String, Value>,
+    #[serde(flatten)]
+    part: Steps,
+}
+
+/// Steps, and what may follow them.
+#[derive(Debug, Default, PartialEq, Serialize)]
+struct Steps {
+    steps: Vec<Step>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    choices: Vec<Choice>,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Choice {
+    label: String,
+    #[serde(flatten)]
+    part: Steps,
+}
+
+/// Records the runs with these names, or all. With `check`, compares them with the files.
+pub fn update(workspace: &Workspace, names: &[String], check: bool) -> Result<()> {
+    let sources = Sources::read(workspace)?;
+    let scripts: Vec<&str> = workspace.files(RUNS, ".run").collect();
+    let is_known = |name: &String| scripts.contains(&&*format!("{RUNS}{name}.run"));
+    if let Some(name) = names.iter().find(|name| !is_known(name)) {
+        bail!("no run is called {name}: there is no {RUNS}{name}.run");
+    }
+    for path in scripts {
+        let name = path[RUNS.len()..].trim_end_matches(".run");
+        if !names.is_empty() && !names.iter().any(|it| it == name) {
+            continue;
+        }
+        let script = Script::parse(&workspace.read(path)?).with_context(|| path.to_owned())?;
+        build(workspace, script.program())?;
+        let files = || -> Result<Vec<(String, String)>> {
+            let (json, log) = make(workspace, &sources, &script)?;
+            let mut files = vec![(path.replace(".run", ".json"), json)];
+            // Without a loop there is no trace to draw.
+            if log.contains("epoll_wait: ") {
+                let picture = sequence::draw(&format!("run-{name}"), "", &log, MOST_ARROWS)?;
+                files.push((format!("docs/src/images/run-{name}.svg"), picture::with_style(&picture)?));
+            }
+            Ok(files)
+        };
+        let mut tries = 0;
+        loop {
+            let files = files().with_context(|| path.to_owned())?;
+            let stale = files.iter().find(|(file, text)| {
+                !workspace.read(file).is_ok_and(|old| old == *text)
+            });
+            match stale {
+                None => break println!("{name}: ok"),
+                Some(_) if !check => {
+                    for (file, text) in &files {
+                        fs::write(workspace.root.join(file), text)?;
+                    }
+                    break println!("updated {name}");
+                }
+                Some((file, text)) => {
+                    tries += 1;
+                    let old = workspace.read(file).unwrap_or_default();
+                    ensure!(tries < TRIES, "{file} differs: {}", difference(&old, text));
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Where two texts differ first.
+fn difference(old: &str, new: &str) -> String {
+    let same = old.bytes().zip(new.bytes()).take_while(|(a, b)| a == b).count();
+    let part = |text: &str| {
+        let start = (0..=same.saturating_sub(60)).rev().find(|at| text.is_char_boundary(*at));
+        text[start.unwrap_or(0)..].chars().take(160).collect::<String>()
+    };
+    format!("committed: …{}…\nrecorded: …{}…", part(old), part(new))
+}
+
+fn build(workspace: &Workspace, package: &str) -> Result<()> {
+    let mut cargo = Command::new("cargo");
+    cargo.args(["build", "--quiet", "--locked", "--package", package]);
+    ensure!(cargo.current_dir(&workspace.root).status()?.success(), "{package} does not build");
+    Ok(())
+}
+
+/// The folder of the chapters' programs.
+fn programs(workspace: &Workspace) -> Result<PathBuf> {
+    let exe = std::env::current_exe()?;
+    Ok(exe.parent().map_or(workspace.root.join("target/debug"), Path::to_owned))
+}
+
+/// A script's recording, and the log of its first path.
+fn make(workspace: &Workspace, sources: &Sources, script: &Script) -> Result<(String, String)> {
+    let package = script.program();
+    let mut logs = sources.logs(package)?;
+    let mut paths = Vec::new();
+    leaves(&script.part, &mut Vec::new(), &mut Vec::new(), &mut paths);
+    let (mut start, mut part, mut log) = (Map::new(), Steps::default(), String::new());
+    for (acts, labels) in &paths {
+        let recording = record::record(script, acts, &programs(workspace)?)?;
+        let (begin, steps) = steps::steps(&recording, &mut logs);
+        ensure!(start.is_empty() || start == begin, "two of its runs begin differently");
+        start = begin;
+        if log.is_empty() {
+            log = log_of(&recording);
+        }
+        insert(&mut part, steps, labels)?;
+    }
+    let run = Run {
+        title: script.title.clone(),
+        program: package.to_owned(),
+        sources: logs.pieces,
+        start,
+        part,
+    };
+    Ok((json(&run)?, log))
+}
+
+/// One line of JSON, which may stand in a page.
+fn json(run: &Run) -> Result<String> {
+    Ok(serde_json::to_string(run)?.replace('<', "\\u003c") + "\n")
+}
+
+/// The acts of each path through the choices, with the choices: after how many acts, and which.
+type Paths = Vec<(Vec<(char, Act)>, Vec<(usize, String)>)>;
+
+fn leaves(part: &Part, acts: &mut Vec<(char, Act)>, labels: &mut Vec<(usize, String)>, paths: &mut Paths) {
+    let before = acts.len();
+    acts.extend(part.acts.iter().cloned());
+    for (label, choice) in &part.choices {
+        labels.push((acts.len(), label.clone()));
+        leaves(choice, acts, labels, paths);
+        labels.pop();
+    }
+    if part.choices.is_empty() {
+        paths.push((acts.clone(), labels.clone()));
+    }
+    acts.truncate(before);
+}
+
+/// Puts the steps of one path into the tree. What it shares with another path has to be the same.
+fn insert(part: &mut Steps, steps: Vec<Step>, labels: &[(usize, String)]) -> Result<()> {
+    let Some(((acts, label), later)) = labels.split_first() else {
+        part.steps = steps;
+        return Ok(());
+    };
+    let (shared, rest): (Vec<Step>, Vec<Step>) = steps.into_iter().partition(|step| step.beat <= *acts);
+    if part.choices.is_empty() {
+        part.steps = shared;
+    } else {
+        let differs = part.steps.iter().zip(&shared).find(|(a, b)| a != b);
+        ensure!(
+            differs.is_none() && part.steps.len() == shared.len(),
+            "two runs differ before {label:?}: {differs:?}"
+        );
+    }
+    if part.choices.last().is_none_or(|choice| choice.label != *label) {
+        part.choices.push(Choice { label: label.clone(), part: Steps::default() });
+    }
+    let choice = part.choices.last_mut().context("a choice")?;
+    insert(&mut choice.part, rest, later)
+}
+
+/// The log of a recording, as a session has it.
+fn log_of(recording: &Recording) -> String {
+    let lines = recording.calls.iter().filter_map(strace::Call::log_line);
+    lines.map(|(level, line)| format!("{level} {line}\n")).collect()
+}
+
+/// Runs a server until somebody ends it, with Ctrl-C for example, and writes what it did to `page`.
+pub fn watch(workspace: &Workspace, command: &[String], page: &Path) -> Result<()> {
+    let sources = Sources::read(workspace)?;
+    let (program, args) = command.split_first().context("no command")?;
+    let chapter = workspace.has(&format!("{program}/Cargo.toml")).then_some(program);
+    let mut command = match chapter {
+        Some(chapter) => {
+            build(workspace, chapter)?;
+            Command::new(programs(workspace)?.join(chapter))
+        }
+        None => Command::new(program),
+    };
+    command.args(args);
+    let folder = tempfile::tempdir()?;
+    let calls = record::watch(&command, &folder.path().join("strace"))?;
+    let logs = match chapter {
+        Some(chapter) => sources.logs(chapter)?,
+        None => Logs::default(),
+    };
+    write_page(workspace, Recording::derived(calls), logs, program, page)
+}
+
+/// Whether a client has connected to the server that strace has reported on.
+pub fn has_clients(report: &str) -> Result<bool> {
+    Ok(!Recording::derived(strace::parse(report)?).acts.is_empty())
+}
+
+/// Writes a page with what strace has reported of a server.
+pub fn page_of(workspace: &Workspace, report: &str, program: &str, page: &Path) -> Result<()> {
+    let recording = Recording::derived(strace::parse(report)?);
+    write_page(workspace, recording, Logs::default(), program, page)
+}
+
+/// A page of its own, which needs no other file.
+fn write_page(
+    workspace: &Workspace,
+    recording: Recording,
+    mut logs: Logs,
+    program: &str,
+    page: &Path,
+) -> Result<()> {
+    ensure!(!recording.acts.is_empty(), "no client has connected, so there is nothing to replay");
+    let (start, steps) = steps::steps(&recording, &mut logs);
+    let part = Steps { steps, choices: Vec::new() };
+    let title = format!("A run of {program}");
+    let (program, sources) = (program.to_owned(), logs.pieces);
+    let steps = part.steps.len();
+    let run = Run { title: title.clone(), program, sources, start, part };
+    let [style, script] = ["docs/replay.css", "docs/replay.js"].map(|file| workspace.read(file));
+    let html = format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{}</title>\n<style>\n{}</style>\n\
+         <reactor-replay id=\"run\">\n<script type=\"application/json\">{}</script>\n</reactor-replay>\n\
+         <script>\n{}</script>\n</html>\n",
+        picture::escape(&title),
+        style?,
+        json(&run)?,
+        script?
+    );
+    fs::write(page, html).with_context(|| page.display().to_string())?;
+    println!("{steps} steps in {}", page.display());
+    Ok(())
+}

@@ -1,0 +1,156 @@
+//! What strace(1) has seen of a server: its system calls, and among them its log, which it writes.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use regex::Regex;
+
+/// What is recorded. Of the rest of a server's calls, a replay shows nothing.
+const CALLS: &str = "trace=epoll_create1,epoll_create,epoll_ctl,epoll_wait,epoll_pwait,epoll_pwait2,accept,accept4,\
+    fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl";
+
+/// One system call.
+#[derive(Clone, Debug)]
+pub struct Call {
+    pub thread: String,
+    pub name: String,
+    /// The text between the parentheses. Strings in it are hexadecimal.
+    pub args: String,
+    /// A number, or the name of an error; `None` if it has not returned.
+    pub result: Option<Result<i64, String>>,
+    /// When it was called and when it returned, in seconds.
+    pub start: f64,
+    pub end: f64,
+}
+
+/// A command that runs another one, and records its calls in `report`.
+pub fn command(report: &Path) -> Command {
+    let mut strace = Command::new("strace");
+    strace.args(["-f", "--seccomp-bpf", "-ttt", "-T", "-xx", "-s", "65536", "-e", CALLS, "-o"]);
+    strace.arg(report);
+    strace
+}
+
+/// The calls in the order in which they returned; at the end those that have not.
+pub fn parse(report: &str) -> Result<Vec<Call>> {
+    let line = Regex::new(r"^(\d+) +([\d.]+) (.*)$")?;
+    let call = Regex::new(r"^(\w+)\((.*)\) += (-?\d+|\?)(?: (E\w+))?.*?(?: <([\d.]+)>)?$")?;
+    let mut names: HashMap<&str, String> = HashMap::new();
+    let mut open: HashMap<&str, (f64, &str)> = HashMap::new();
+    let mut calls = Vec::new();
+    let named = |names: &HashMap<&str, String>, pid| match names.get(pid) {
+        Some(name) => name.clone(),
+        None if names.is_empty() => "main".to_owned(),
+        None => format!("thread {pid}"),
+    };
+    for text in report.lines() {
+        // Signals and exits are of other forms.
+        let Some(parts) = line.captures(text) else { continue };
+        let (_, [pid, time, rest]) = parts.extract();
+        let time: f64 = time.parse().context("a time")?;
+        if names.is_empty() {
+            names.insert(pid, "main".to_owned());
+        }
+        if let Some(begun) = rest.strip_suffix("<unfinished ...>") {
+            open.insert(pid, (time, begun.trim_end()));
+            continue;
+        }
+        let (start, text) = match rest.split_once(" resumed>") {
+            Some((_, rest)) => {
+                let Some((start, begun)) = open.remove(pid) else { continue };
+                (start, format!("{begun}{rest}"))
+            }
+            None => (time, rest.to_owned()),
+        };
+        let Some(parts) = call.captures(&text) else { continue };
+        let part = |n| parts.get(n).map_or("", |part| part.as_str());
+        let (name, args) = (part(1), part(2));
+        if name == "prctl" && args.starts_with("PR_SET_NAME") {
+            names.insert(pid, String::from_utf8_lossy(&bytes(args)).into_owned());
+        }
+        // A call that a signal has ended has no number.
+        let result = part(3).parse().ok();
+        let returned = if start < time { time } else { start + part(5).parse().unwrap_or(0.0) };
+        calls.push(Call {
+            thread: named(&names, pid),
+            name: name.to_owned(),
+            args: args.to_owned(),
+            result: result.map(|n: i64| if n < 0 { Err(part(4).to_owned()) } else { Ok(n) }),
+            start,
+            end: if result.is_some() { returned } else { f64::INFINITY },
+        });
+    }
+    for (pid, (start, begun)) in open {
+        let Some((name, args)) = begun.split_once('(') else { continue };
+        let (thread, name, args) = (named(&names, pid), name.to_owned(), args.to_owned());
+        calls.push(Call { thread, name, args, result: None, start, end: f64::INFINITY });
+    }
+    calls.sort_by(|a, b| a.end.total_cmp(&b.end));
+    Ok(calls)
+}
+
+/// The bytes in a call's arguments: the strings in it, one after the other.
+pub fn bytes(args: &str) -> Vec<u8> {
+    let strings = args.split('"').skip(1).step_by(2);
+    let bytes = strings.flat_map(|string| string.split("\\x").skip(1));
+    bytes.filter_map(|digits| u8::from_str_radix(digits, 16).ok()).collect()
+}
+
+impl Call {
+    /// The first argument, which nearly always is an fd; -1 if it is no number.
+    pub fn fd(&self) -> i64 {
+        self.arg(0).parse().unwrap_or(-1)
+    }
+
+    /// An argument without braces, before any that has some.
+    pub fn arg(&self, n: usize) -> &str {
+        self.args.split(',').nth(n).unwrap_or_default().trim()
+    }
+
+    /// The number that it has returned, if it has not failed.
+    pub fn number(&self) -> Option<i64> {
+        self.result.as_ref()?.as_ref().ok().copied()
+    }
+
+    /// The name of the error, if it has failed.
+    pub fn error(&self) -> Option<&str> {
+        self.result.as_ref()?.as_ref().err().map(String::as_str)
+    }
+
+    /// The line of the log that it writes, without its time: level and text.
+    pub fn log_line(&self) -> Option<(String, String)> {
+        if self.name != "write" {
+            return None;
+        }
+        let text = String::from_utf8(bytes(&self.args)).ok()?;
+        let (time, rest) = text.trim().split_once("s ")?;
+        time.parse::<f64>().ok()?;
+        let (level, line) = rest.trim_start().split_once(' ')?;
+        Some((level.to_owned(), line.to_owned()))
+    }
+
+    /// The events in an epoll_wait's or epoll_ctl's arguments: the flags without EPOLL, and the 64 bits.
+    pub fn events(&self) -> Vec<(String, u64)> {
+        let parts = self.args.split("{events=").skip(1);
+        let events = parts.filter_map(|part| {
+            let flags = part.split(", data=").next()?.replace("EPOLL", "");
+            // Short if both are the same number.
+            let data = part.split("u64=").nth(1).or_else(|| part.split("data=").nth(1))?;
+            let end = data.find(|c: char| !c.is_ascii_hexdigit() && c != 'x').unwrap_or(data.len());
+            let data = &data[..end];
+            let number = match data.strip_prefix("0x") {
+                Some(hex) => u64::from_str_radix(hex, 16),
+                None => data.parse(),
+            };
+            Some((flags, number.ok()?))
+        });
+        events.collect()
+    }
+
+    /// The port of the address in its arguments.
+    pub fn port(&self) -> Option<u16> {
+        self.args.split("port=htons(").nth(1)?.split(')').next()?.parse().ok()
+    }
+}
