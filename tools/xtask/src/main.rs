@@ -101,11 +101,13 @@ enum Task {
         id: String,
     },
     /// Grades a server of your own, in any language, by a chapter's cases, up to the first that fails
-    #[command(override_usage = "scripts/grade.sh CHAPTER [--all] [--case CASE] [--record FILE] -- COMMAND...
+    #[command(
+        override_usage = "scripts/grade.sh CHAPTER [--all] [--case CASE] [--record FILE] -- COMMAND...
        scripts/grade.sh CHAPTER --list
        scripts/grade.sh CHAPTER DIR [--watch] [-- COMMAND...]
        scripts/grade.sh --start CHAPTER DIR
-       scripts/grade.sh exercise ID")]
+       scripts/grade.sh exercise ID"
+    )]
     Grade {
         /// Goes on after a failure
         #[arg(long)]

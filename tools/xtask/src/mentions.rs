@@ -83,6 +83,7 @@ impl World<'_> {
         const SUMMARY: &str = "docs/src/SUMMARY.md";
         let to_show = self.workspace.files("docs/", ".svg").chain(self.workspace.answers());
         let to_show = to_show.chain(self.diffs.iter().map(String::as_str));
+        let to_show = to_show.chain(self.workspace.files("docs/src/runs/", ".json"));
         let hidden = to_show.filter(|path| !shown.iter().any(|(_, target)| target == path));
         let in_book = self.workspace.files("docs/src/", ".md").filter(|path| *path != SUMMARY);
         let unlisted = in_book.filter(|path| !shown.contains(&(SUMMARY, path.to_string())));

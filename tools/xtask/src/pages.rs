@@ -135,6 +135,11 @@ pub fn mentions(page: &str) -> Vec<(usize, Mention)> {
                 Mention::Include(path.to_owned())
             }
             Event::SoftBreak => continue,
+            // A recorded run, in a script element.
+            Event::Html(html) if html.contains("{{#include ") => {
+                let path = html.split("{{#include ").nth(1).and_then(|it| it.split("}}").next());
+                Mention::Include(path.unwrap_or_default().to_owned())
+            }
             _ => {
                 file = None;
                 continue;

@@ -81,16 +81,19 @@ pub fn update(workspace: &Workspace, names: &[String], check: bool) -> Result<()
             // Without a loop there is no trace to draw.
             if log.contains("epoll_wait: ") {
                 let picture = sequence::draw(&format!("run-{name}"), "", &log, MOST_ARROWS)?;
-                files.push((format!("docs/src/images/run-{name}.svg"), picture::with_style(&picture)?));
+                files.push((
+                    format!("docs/src/images/run-{name}.svg"),
+                    picture::with_style(&picture)?,
+                ));
             }
             Ok(files)
         };
         let mut tries = 0;
         loop {
             let files = files().with_context(|| path.to_owned())?;
-            let stale = files.iter().find(|(file, text)| {
-                !workspace.read(file).is_ok_and(|old| old == *text)
-            });
+            let stale = files
+                .iter()
+                .find(|(file, text)| !workspace.read(file).is_ok_and(|old| old == *text));
             match stale {
                 None => break println!("{name}: ok"),
                 Some(_) if !check => {
@@ -142,13 +145,13 @@ fn make(workspace: &Workspace, sources: &Sources, script: &Script) -> Result<(St
     let (mut start, mut part, mut log) = (Map::new(), Steps::default(), String::new());
     for (acts, labels) in &paths {
         let recording = record::record(script, acts, &programs(workspace)?)?;
-        let (begin, steps) = steps::steps(&recording, &mut logs);
-        ensure!(start.is_empty() || start == begin, "two of its runs begin differently");
-        start = begin;
+        let outcome = steps::steps(&recording, &mut logs);
+        ensure!(start.is_empty() || start == outcome.start, "two of its runs begin differently");
+        start = outcome.start;
         if log.is_empty() {
-            log = log_of(&recording);
+            log = outcome.log;
         }
-        insert(&mut part, steps, labels)?;
+        insert(&mut part, outcome.steps, labels)?;
     }
     let run = Run {
         title: script.title.clone(),
@@ -168,7 +171,12 @@ fn json(run: &Run) -> Result<String> {
 /// The acts of each path through the choices, with the choices: after how many acts, and which.
 type Paths = Vec<(Vec<(char, Act)>, Vec<(usize, String)>)>;
 
-fn leaves(part: &Part, acts: &mut Vec<(char, Act)>, labels: &mut Vec<(usize, String)>, paths: &mut Paths) {
+fn leaves(
+    part: &Part,
+    acts: &mut Vec<(char, Act)>,
+    labels: &mut Vec<(usize, String)>,
+    paths: &mut Paths,
+) {
     let before = acts.len();
     acts.extend(part.acts.iter().cloned());
     for (label, choice) in &part.choices {
@@ -188,7 +196,8 @@ fn insert(part: &mut Steps, steps: Vec<Step>, labels: &[(usize, String)]) -> Res
         part.steps = steps;
         return Ok(());
     };
-    let (shared, rest): (Vec<Step>, Vec<Step>) = steps.into_iter().partition(|step| step.beat <= *acts);
+    let (shared, rest): (Vec<Step>, Vec<Step>) =
+        steps.into_iter().partition(|step| step.beat <= *acts);
     if part.choices.is_empty() {
         part.steps = shared;
     } else {
@@ -205,13 +214,7 @@ fn insert(part: &mut Steps, steps: Vec<Step>, labels: &[(usize, String)]) -> Res
     insert(&mut choice.part, rest, later)
 }
 
-/// The log of a recording, as a session has it.
-fn log_of(recording: &Recording) -> String {
-    let lines = recording.calls.iter().filter_map(strace::Call::log_line);
-    lines.map(|(level, line)| format!("{level} {line}\n")).collect()
-}
-
-/// Runs a server until somebody ends it, with Ctrl-C for example, and writes what it did to `page`.
+/// Runs a server until it ends, by Ctrl-C for example, and writes what it did to `page`.
 pub fn watch(workspace: &Workspace, command: &[String], page: &Path) -> Result<()> {
     let sources = Sources::read(workspace)?;
     let (program, args) = command.split_first().context("no command")?;
@@ -253,8 +256,8 @@ fn write_page(
     page: &Path,
 ) -> Result<()> {
     ensure!(!recording.acts.is_empty(), "no client has connected, so there is nothing to replay");
-    let (start, steps) = steps::steps(&recording, &mut logs);
-    let part = Steps { steps, choices: Vec::new() };
+    let outcome = steps::steps(&recording, &mut logs);
+    let (start, part) = (outcome.start, Steps { steps: outcome.steps, choices: Vec::new() });
     let title = format!("A run of {program}");
     let (program, sources) = (program.to_owned(), logs.pieces);
     let steps = part.steps.len();

@@ -152,9 +152,12 @@ impl Sources {
                     let at = log.get(0).map_or(0, |it| it.start());
                     let line = source.text[..at].matches('\n').count() + 1;
                     let within = |item: &&Item| item.first_line <= line && line <= item.last_line;
-                    let Some(item) = source.items.iter().filter(within).next_back() else { continue };
+                    let Some(item) = source.items.iter().rfind(within) else {
+                        continue;
+                    };
                     let lines = source.text.lines().enumerate().map(|(n, text)| (n + 1, text));
-                    let lines = lines.skip(item.first_line - 1).take(item.last_line + 1 - item.first_line);
+                    let lines =
+                        lines.skip(item.first_line - 1).take(item.last_line + 1 - item.first_line);
                     let lines = lines.skip_while(|(_, text)| text.trim_start().starts_with("///"));
                     let lines: Vec<(usize, &str)> = lines.collect();
                     let piece = Piece {

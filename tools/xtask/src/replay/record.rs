@@ -81,7 +81,7 @@ pub fn record(script: &Script, acts: &[(char, Act)], bin: &Path) -> Result<Recor
     for (client, act) in acts {
         if *act == Act::ReadsOn {
             let reader: &mut Client = clients.get_mut(client).context("it is not connected")?;
-            // While the server stands still, what a client gets does not depend on who is faster.
+            // While the server stands still, what a client gets does not depend on which of them is faster.
             loop {
                 let (time, port) = (now(), reader.port);
                 kill(traced.server, Signal::SIGSTOP)?;
@@ -301,7 +301,6 @@ pub fn watch(command: &Command, report: &Path) -> Result<Vec<Call>> {
     child.wait()?;
     strace::parse(&fs::read_to_string(report)?)
 }
-
 
 impl Recording {
     /// What clients that are not ours have done, by what the server has accepted and read. They may have done it

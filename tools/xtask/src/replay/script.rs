@@ -68,7 +68,7 @@ pub enum Act {
     TimePasses,
 }
 
-/// An act that was done: when, and by whom; the port by which the server knows the client.
+/// An act that was done: when, and by which client; the port by which the server knows the client.
 pub struct Done {
     pub time: f64,
     pub client: char,
@@ -76,8 +76,8 @@ pub struct Done {
     pub act: Act,
 }
 
-/// Who stops the server, and who lets time pass.
-pub const NOBODY: char = ' ';
+/// In place of a client, if the server is stopped, or time passes.
+pub const NO_CLIENT: char = ' ';
 
 /// Seconds since 1970, like strace's.
 pub fn now() -> f64 {
@@ -117,7 +117,12 @@ impl Script {
 impl Part {
     fn clients(&self) -> BTreeSet<char> {
         let below = self.choices.iter().flat_map(|(_, part)| part.clients());
-        self.acts.iter().map(|(client, _)| *client).chain(below).filter(|it| *it != NOBODY).collect()
+        self.acts
+            .iter()
+            .map(|(client, _)| *client)
+            .chain(below)
+            .filter(|it| *it != NO_CLIENT)
+            .collect()
     }
 }
 
@@ -166,7 +171,7 @@ fn act(line: &str) -> Result<(char, Act)> {
         _ => Act::Sends(sent(what.strip_prefix("sends ").context("unknown act")?)?),
     };
     let client = if who.len() == 1 { who.chars().next() } else { None };
-    Ok((client.unwrap_or(NOBODY), act))
+    Ok((client.unwrap_or(NO_CLIENT), act))
 }
 
 fn sent(what: &str) -> Result<Vec<u8>> {

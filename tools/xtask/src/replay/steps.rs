@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::record::Recording;
-use super::script::{Act, Done, NOBODY};
+use super::script::{Act, Done, NO_CLIENT};
 use super::strace::Call;
 use crate::sources::Logs;
 
@@ -98,7 +98,7 @@ struct Event<'a> {
 }
 
 /// The whole system.
-pub struct Model<'a> {
+struct Model<'a> {
     logs: &'a mut Logs,
     clients: BTreeMap<char, Client>,
     threads: BTreeMap<String, Thread>,
@@ -107,12 +107,24 @@ pub struct Model<'a> {
     /// Whether the server sends messages, and so does not echo bytes.
     has_messages: bool,
     last: Map<String, Value>,
-    pub steps: Vec<Step>,
+    steps: Vec<Step>,
     beat: usize,
+    /// The server's log, in the order of the steps.
+    log: String,
 }
 
-/// The state before the first act, and the steps after it.
-pub fn steps(recording: &Recording, logs: &mut Logs) -> (Map<String, Value>, Vec<Step>) {
+/// What became of a recording.
+pub struct Outcome {
+    /// The state before the first act.
+    pub start: Map<String, Value>,
+    /// What came after it.
+    pub steps: Vec<Step>,
+    /// The server's log, in the same order.
+    pub log: String,
+}
+
+/// Retells a recording, step by step.
+pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
     let acts = &recording.acts;
     let mut model = Model::new(logs, recording);
     let mut beats: Vec<BTreeMap<String, VecDeque<Event>>> = Vec::new();
@@ -141,7 +153,7 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> (Map<String, Value>, Vec
             model.steps.clear();
         }
     }
-    (start, without_repetitions(model.steps))
+    Outcome { start, steps: without_repetitions(model.steps), log: model.log }
 }
 
 /// The calls as events, each with the line of the log that describes it.
@@ -181,7 +193,9 @@ fn describes(line: &str, event: &Event) -> bool {
     !event.begins
         && event.log.is_none()
         && match line.split([':', ' ']).next().unwrap_or_default() {
-            "epoll_wait" | "epoll_ctl" => name.starts_with(line.split(':').next().unwrap_or_default()),
+            "epoll_wait" | "epoll_ctl" => {
+                name.starts_with(line.split(':').next().unwrap_or_default())
+            }
             "read" => matches!(name, "recvfrom" | "read"),
             "write" => matches!(name, "sendto" | "write"),
             "cannot" => name.starts_with("accept"),
@@ -248,6 +262,7 @@ impl<'a> Model<'a> {
             last: Map::new(),
             steps: Vec::new(),
             beat: 0,
+            log: String::new(),
         }
     }
 
@@ -341,19 +356,26 @@ impl<'a> Model<'a> {
                 (client.rst, client.fin) = (true, false);
                 client.unread.clear();
                 client.state = "has reset the connection".to_owned();
-                format!("{name} resets its connection: an RST. What the server has not read is lost.")
+                format!(
+                    "{name} resets its connection: an RST. What the server has not read is lost."
+                )
             }
             Act::StopsReading => {
                 client.deaf = true;
                 client.state = "connected, reads nothing".to_owned();
-                format!("From now on {name} reads nothing. What the server writes stays in the kernel.")
+                format!(
+                    "From now on {name} reads nothing. What the server writes stays in the kernel."
+                )
             }
             Act::ReadsOn => {
                 client.full = false;
                 let n = client.held.len();
                 client.got.append(&mut client.held);
                 client.state = client.state.replace("reads nothing", "reads now and then");
-                format!("{name} reads {}, all that the kernel has for it. There is room again.", count(n))
+                format!(
+                    "{name} reads {}, all that the kernel has for it. There is room again.",
+                    count(n)
+                )
             }
             Act::ServerStops => {
                 "kernel".clone_into(&mut actor);
@@ -369,7 +391,7 @@ impl<'a> Model<'a> {
                 "A quarter of a second passes.".to_owned()
             }
         };
-        self.clients.remove(&NOBODY);
+        self.clients.remove(&NO_CLIENT);
         self.push(&actor, say);
     }
 
@@ -378,9 +400,14 @@ impl<'a> Model<'a> {
             // A thread without a loop, which writes the log or standard output.
             return;
         }
+        if let Some((level, line)) = &event.log {
+            self.log += &format!("{level} {line}\n");
+        }
         let say = if event.begins {
             self.begins(event.call)
-        } else if let Some((level, line)) = event.log.as_ref().filter(|_| event.call.log_line().is_some()) {
+        } else if let Some((level, line)) =
+            event.log.as_ref().filter(|_| event.call.log_line().is_some())
+        {
             self.log(&event.call.thread, level, line)
         } else {
             let say = self.returns(event.call, event.log.as_ref().map_or("", |log| &log.1));
@@ -421,7 +448,7 @@ impl<'a> Model<'a> {
         let is_first = self.thread(thread).waits.is_none();
         if !is_wait(call) {
             let what = match self.fds.get(&call.fd()) {
-                Some(Kind::Listener) => "until somebody connects".to_owned(),
+                Some(Kind::Listener) => "until a client connects".to_owned(),
                 Some(Kind::Conn(name)) => format!("until {name} sends something"),
                 _ => return None,
             };
@@ -446,11 +473,14 @@ impl<'a> Model<'a> {
         }
         let table = self.tables.get(&call.fd());
         let ready = table.is_some_and(|rows| rows.iter().any(|row| !self.ready(row).is_empty()));
-        let timeout = call.args.rsplit(", ").next().filter(|_| call.result.is_some()).unwrap_or("-1");
+        let timeout =
+            call.args.rsplit(", ").next().filter(|_| call.result.is_some()).unwrap_or("-1");
         let has_task = self.thread(thread).tasks.values().any(|task| *task == "woken");
         let say = match timeout {
             _ if ready => "It asks with `epoll_wait` what is ready. Something is.",
-            "0" if has_task => "It asks with `epoll_wait` what is ready, and does not wait: a task is to be polled.",
+            "0" if has_task => {
+                "It asks with `epoll_wait` what is ready, and does not wait: a task is to be polled."
+            }
             "-1" => "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
             _ => "Nothing is ready. It waits in `epoll_wait`, until a timer is due.",
         };
@@ -460,17 +490,11 @@ impl<'a> Model<'a> {
     fn returns(&mut self, call: &Call, log: &str) -> Option<String> {
         let (thread, fd) = (call.thread.clone(), call.fd());
         let kind = self.fds.get(&fd).cloned();
-        let number = call.number();
+        if let Some((fd, kind)) = opens(call, kind.as_ref()) {
+            self.fds.insert(fd, kind);
+            return None;
+        }
         match call.name.as_str() {
-            "listen" => drop(self.fds.insert(fd, Kind::Listener)),
-            "eventfd2" => drop(self.fds.insert(number?, Kind::Bell { rings: 0 })),
-            "signalfd4" => drop(self.fds.insert(number?, Kind::Signals)),
-            "socket" if call.args.contains("SOCK_DGRAM") => {
-                drop(self.fds.insert(number?, Kind::Datagrams));
-            }
-            "dup" => drop(self.fds.insert(number?, kind?)),
-            "fcntl" if call.args.contains("F_DUPFD") => drop(self.fds.insert(number?, kind?)),
-            "epoll_create1" | "epoll_create" => drop(self.fds.insert(number?, Kind::Epoll)),
             "epoll_ctl" => return self.controls(call),
             "accept" | "accept4" => {
                 self.runs(&thread);
@@ -480,7 +504,9 @@ impl<'a> Model<'a> {
             "shutdown" => {
                 let Some(Kind::Conn(name)) = kind else { return None };
                 self.client_sees_the_end(name);
-                return Some(format!("It shuts down its side of {name}'s connection: a FIN, after all bytes."));
+                return Some(format!(
+                    "It shuts down its side of {name}'s connection: a FIN, after all bytes."
+                ));
             }
             "close" => {
                 let kind = self.fds.remove(&fd)?;
@@ -491,7 +517,9 @@ impl<'a> Model<'a> {
                 let client = self.clients.entry(name).or_default();
                 client.input.clear();
                 client.output.clear();
-                return Some(format!("It closes fd {fd}. The number is free for the next connection."));
+                return Some(format!(
+                    "It closes fd {fd}. The number is free for the next connection."
+                ));
             }
             "read" | "recvfrom" | "readv" | "recvmsg" => {
                 self.runs(&thread);
@@ -512,9 +540,14 @@ impl<'a> Model<'a> {
 
     fn client_sees_the_end(&mut self, name: char) {
         let client = self.clients.entry(name).or_default();
-        if !client.state.contains("closed") && !client.state.contains("reset") && !client.state.contains("FIN") || client.fin
+        if !client.state.contains("closed")
+            && !client.state.contains("reset")
+            && !client.state.contains("FIN")
+            || client.fin
         {
-            client.state = if client.fin { "both sides have ended" } else { "has got the server's FIN" }.to_owned();
+            client.state =
+                if client.fin { "both sides have ended" } else { "has got the server's FIN" }
+                    .to_owned();
         }
     }
 
@@ -526,7 +559,9 @@ impl<'a> Model<'a> {
         let event = call.events().into_iter().next();
         if call.arg(1) == "EPOLL_CTL_DEL" {
             rows.retain(|row| row.fd != fd);
-            return Some(format!("`epoll_ctl` takes fd {fd} ({who}) out of the table of interest."));
+            return Some(format!(
+                "`epoll_ctl` takes fd {fd} ({who}) out of the table of interest."
+            ));
         }
         let (flags, data) = event?;
         let flags = if flags == "0" { "nothing".to_owned() } else { flags };
@@ -541,7 +576,9 @@ impl<'a> Model<'a> {
                 let client = self.clients.entry(*name).or_default();
                 client.output.append(&mut client.input);
             }
-            return Some(format!("`epoll_ctl` changes what fd {fd} ({who}) is watched for: {before} becomes {flags}."));
+            return Some(format!(
+                "`epoll_ctl` changes what fd {fd} ({who}) is watched for: {before} becomes {flags}."
+            ));
         }
         rows.push(Row { fd, flags: flags.clone(), data });
         let token = if self.logs.is_empty() {
@@ -549,7 +586,9 @@ impl<'a> Model<'a> {
         } else {
             format!(", in slot {}, generation {}", data & 0xffff_ffff, data >> 32)
         };
-        Some(format!("`epoll_ctl` puts fd {fd} ({who}) into the table of interest: {flags}{token}."))
+        Some(format!(
+            "`epoll_ctl` puts fd {fd} ({who}) into the table of interest: {flags}{token}."
+        ))
     }
 
     fn accepts(&mut self, call: &Call) -> Option<String> {
@@ -607,7 +646,9 @@ impl<'a> Model<'a> {
                 if let Some(error) = call.error() {
                     client.rst &= error == "EAGAIN";
                     return Some(match error {
-                        "EAGAIN" => format!("`read` from {name}: EAGAIN. There is nothing more now."),
+                        "EAGAIN" => {
+                            format!("`read` from {name}: EAGAIN. There is nothing more now.")
+                        }
                         error => format!("`read` from {name} fails: {error}."),
                     });
                 }
@@ -615,13 +656,17 @@ impl<'a> Model<'a> {
                 client.unread.drain(..n.min(client.unread.len()));
                 if log.ends_with("discarded") {
                     return Some(match n {
-                        0 => format!("`read`: 0 bytes. {name} has ended its side too, so nothing can get lost."),
-                        n => format!("`read`: {}, which nobody wants any more.", count(n)),
+                        0 => format!(
+                            "`read`: 0 bytes. {name} has ended its side too, so nothing can get lost."
+                        ),
+                        n => format!("`read`: {}, which no longer matters.", count(n)),
                     });
                 }
                 client.input.extend(&bytes[..n.min(bytes.len())]);
                 Some(match n {
-                    0 => format!("`read`: 0 bytes. {name} has sent its FIN, so nothing will follow."),
+                    0 => {
+                        format!("`read`: 0 bytes. {name} has sent its FIN, so nothing will follow.")
+                    }
                     _ => format!("`read` takes {} out of the kernel.", shown(&bytes, messages)),
                 })
             }
@@ -634,7 +679,8 @@ impl<'a> Model<'a> {
         match kind {
             Kind::Bell { rings } => {
                 self.fds.insert(call.fd(), Kind::Bell { rings: rings + 1 });
-                let whose = self.tables.iter().find(|(_, rows)| rows.iter().any(|row| row.fd == call.fd()));
+                let whose =
+                    self.tables.iter().find(|(_, rows)| rows.iter().any(|row| row.fd == call.fd()));
                 let epoll = whose.map(|(epoll, _)| *epoll);
                 let whose = self.threads.iter().find(|(_, thread)| thread.epoll == epoll);
                 let whose = whose.map_or("its thread", |(name, _)| name);
@@ -649,7 +695,9 @@ impl<'a> Model<'a> {
                         let error = call.error()?;
                         client.full = error == "EAGAIN";
                         return Some(match error {
-                            "EAGAIN" => format!("`write` to {name}: EAGAIN. There is no room in the kernel."),
+                            "EAGAIN" => format!(
+                                "`write` to {name}: EAGAIN. There is no room in the kernel."
+                            ),
                             error => format!("`write` to {name} fails: {error}."),
                         });
                     }
@@ -670,7 +718,11 @@ impl<'a> Model<'a> {
                     client.got.extend(&offered[..n]);
                 }
                 Some(if client.full {
-                    format!("`write` to {name}: the kernel has room for {} of {}.", digits(n), count(offered.len()))
+                    format!(
+                        "`write` to {name}: the kernel has room for {} of {}.",
+                        digits(n),
+                        count(offered.len())
+                    )
                 } else if client.deaf {
                     format!("`write` to {name}: the kernel takes {}, and keeps them.", count(n))
                 } else {
@@ -691,7 +743,10 @@ impl<'a> Model<'a> {
             self.thread(thread).base = 1;
             self.is_in(thread, level, line);
             self.stays(thread);
-            return Some(format!("It takes the next event of the batch: fd {fd} ({}), {flags}.", self.who(fd)));
+            return Some(format!(
+                "It takes the next event of the batch: fd {fd} ({}), {flags}.",
+                self.who(fd)
+            ));
         }
         if line.starts_with("stale event") {
             self.next_of_batch(thread, "stale");
@@ -699,7 +754,7 @@ impl<'a> Model<'a> {
             self.is_in(thread, level, line);
             return Some(
                 "The next event of the batch is stale: its token's registration is gone. It is skipped, and \
-                 harms nobody."
+                 does no harm."
                     .to_owned(),
             );
         }
@@ -724,24 +779,25 @@ impl<'a> Model<'a> {
             return self.task(thread, (level, line), first, &task);
         }
         self.is_in(thread, level, line);
-        let peer = self.clients.iter().find(|(_, client)| first.ends_with(&format!(":{}", client.port)));
+        let peer =
+            self.clients.iter().find(|(_, client)| first.ends_with(&format!(":{}", client.port)));
         let peer = peer.map(|(name, _)| *name);
         Some(match (first, peer, rest) {
             ("message", ..) => {
                 let name = self.reading(thread)?;
                 let client = self.clients.entry(name).or_default();
                 let id: i32 = rest.strip_prefix("id ")?.split(',').next()?.parse().ok()?;
-                let frame = message::decode(&client.input).ok().flatten().map(|it| it.frame_len())?;
+                let frame =
+                    message::decode(&client.input).ok().flatten().map(|it| it.frame_len())?;
                 let frame: Vec<u8> = client.input.drain(..frame).collect();
                 if id == 1 {
                     client.output.extend(&frame);
                 }
                 let what = shown(&frame, true);
-                format!("A whole message: {what}. Its callback {}.", if id == 1 {
-                    "puts the reply into the output buffer"
-                } else {
-                    "runs"
-                })
+                format!(
+                    "A whole message: {what}. Its callback {}.",
+                    if id == 1 { "puts the reply into the output buffer" } else { "runs" }
+                )
             }
             ("on_conn_start" | "on_conn_close", ..) => format!("The hook `{first}` runs."),
             (_, Some(name), what) if what.starts_with("handing over to ") => {
@@ -749,10 +805,14 @@ impl<'a> Model<'a> {
                 format!("It puts {name}'s connection into the mailbox of {worker}.")
             }
             ("a timer is due", ..) => "A timer is due.".to_owned(),
-            (_, Some(name), "closed") if !self.fds.values().any(|kind| *kind == Kind::Conn(name)) => {
+            (_, Some(name), "closed")
+                if !self.fds.values().any(|kind| *kind == Kind::Conn(name)) =>
+            {
                 format!("{name}'s connection is over.")
             }
-            (_, Some(name), "closed") => format!("{name}'s connection ends: the server closes it gracefully."),
+            (_, Some(name), "closed") => {
+                format!("{name}'s connection ends: the server closes it gracefully.")
+            }
             (_, Some(name), what) => format!("{name}: {what}."),
             _ if level == "TRACE" || level == "DEBUG" => format!("It logs `{line}`."),
             _ => format!("It logs a line for the operator, {level}: `{line}`."),
@@ -769,7 +829,9 @@ impl<'a> Model<'a> {
     ) -> Option<String> {
         if what == "poll" || what == "wake" {
             let state = self.thread(thread);
-            for other in state.tasks.values_mut().filter(|other| **other == "polled" && what == "poll") {
+            for other in
+                state.tasks.values_mut().filter(|other| **other == "polled" && what == "poll")
+            {
                 *other = "pending";
             }
         }
@@ -785,7 +847,9 @@ impl<'a> Model<'a> {
         }
         let (state, say) = match what {
             "spawn" => ("woken", format!("It spawns task {task}: {}.", line.split(", ").nth(1)?)),
-            "wake" => ("woken", format!("The waker of task {task} is called: the task is to be polled.")),
+            "wake" => {
+                ("woken", format!("The waker of task {task} is called: the task is to be polled."))
+            }
             "poll" => ("polled", format!("It polls task {task}, which runs until it has to wait.")),
             "ready" => ("ready", format!("Task {task} returns Ready: it is done, and removed.")),
             _ => ("ready", format!("Task {task} is removed.")),
@@ -836,7 +900,11 @@ impl<'a> Model<'a> {
             Some(Kind::Conn(name)) => {
                 let all = self.ready_conn(*name, row.flags.contains("OUT"));
                 let is_for_it = |it: &String| {
-                    if it.contains("room") { it.starts_with("room") } else { row.flags.contains("IN") || it == "RST" }
+                    if it.contains("room") {
+                        it.starts_with("room")
+                    } else {
+                        row.flags.contains("IN") || it == "RST"
+                    }
                 };
                 all.into_iter().filter(is_for_it).collect()
             }
@@ -847,7 +915,8 @@ impl<'a> Model<'a> {
     }
 
     fn ready_listener(&self) -> Vec<String> {
-        let waiting = self.clients.iter().filter(|(_, it)| !it.accepted && it.state != "not connected");
+        let waiting =
+            self.clients.iter().filter(|(_, it)| !it.accepted && it.state != "not connected");
         let waiting = waiting.map(|(name, client)| match client.unread.len() {
             0 => format!("{name} in the accept queue"),
             n => format!("{name} in the accept queue, with {}", count(n)),
@@ -869,11 +938,11 @@ impl<'a> Model<'a> {
             what.push("RST".to_owned());
         }
         if !client.held.is_empty() {
-            what.push(format!("{} that {name} has not read, {}room", count(client.held.len()), if client.full {
-                "no "
-            } else {
-                "and "
-            }));
+            what.push(format!(
+                "{} that {name} has not read, {}room",
+                count(client.held.len()),
+                if client.full { "no " } else { "and " }
+            ));
         }
         if wants_room && !client.full {
             what.push("room to write".to_owned());
@@ -893,7 +962,9 @@ impl<'a> Model<'a> {
             let row = self.tables.values().flatten().find(|row| row.fd == *fd);
             let what = match kind {
                 Kind::Listener => self.ready_listener(),
-                Kind::Conn(name) => self.ready_conn(*name, row.is_some_and(|row| row.flags.contains("OUT"))),
+                Kind::Conn(name) => {
+                    self.ready_conn(*name, row.is_some_and(|row| row.flags.contains("OUT")))
+                }
                 Kind::Bell { rings } if *rings > 0 => vec!["rung".to_owned()],
                 _ => Vec::new(),
             };
@@ -930,16 +1001,33 @@ impl<'a> Model<'a> {
             });
             value["table"] = rows.collect();
         }
-        let batch = thread.batch.iter().map(|it| {
-            json!({ "fd": it.fd, "who": it.who, "flags": it.flags, "state": it.state })
-        });
+        let batch = thread
+            .batch
+            .iter()
+            .map(|it| json!({ "fd": it.fd, "who": it.who, "flags": it.flags, "state": it.state }));
         value["batch"] = batch.collect();
         value["stack"] = thread.stack.clone().into();
         if !thread.tasks.is_empty() {
             let tasks = thread.tasks.iter();
-            value["tasks"] = tasks.map(|(task, state)| json!({ "task": task, "state": state })).collect();
+            value["tasks"] =
+                tasks.map(|(task, state)| json!({ "task": task, "state": state })).collect();
         }
         value
+    }
+}
+
+/// The fd that a call has made, or made a listener, and what is behind it; `kind` is what its own fd is.
+fn opens(call: &Call, kind: Option<&Kind>) -> Option<(i64, Kind)> {
+    let number = call.number()?;
+    match call.name.as_str() {
+        "listen" => Some((call.fd(), Kind::Listener)),
+        "eventfd2" => Some((number, Kind::Bell { rings: 0 })),
+        "signalfd4" => Some((number, Kind::Signals)),
+        "socket" if call.args.contains("SOCK_DGRAM") => Some((number, Kind::Datagrams)),
+        "epoll_create1" | "epoll_create" => Some((number, Kind::Epoll)),
+        "dup" => Some((number, kind?.clone())),
+        "fcntl" if call.args.contains("F_DUPFD") => Some((number, kind?.clone())),
+        _ => None,
     }
 }
 
