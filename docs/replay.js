@@ -1,4 +1,4 @@
-// <reactor-replay>: the recorded run of a server, step by step; or two runs, side by side. Each recording is JSON in
+// <reactor-replay>: the recorded run of a server, step by step, or two runs side by side. Each recording is JSON in
 // a <script> inside the element. What else is inside, a picture, is all that there is without JavaScript.
 (() => {
 
@@ -27,43 +27,47 @@ const makeTable = (titles, rows) => {
     return make("table", "", make("thead", "", make("tr", "", ...head)), make("tbody", "", ...body));
 };
 
-// Something that may change from step to step: it is new unless the step before has the same text for the same key.
-const fact = (key, text, className = "") => {
-    const element = make("span", `fact ${className}`, text);
+const makeList = items => make("ol", "", ...items.map(([className, ...facts]) => make("li", className, ...facts)));
+
+// What may change from step to step. It is new unless the step before has the same text for the same key.
+const fact = (key, text, className = "fact") => {
+    const element = make("span", className, text);
     element.dataset.fact = `${key}: ${text}`;
     return element;
 };
 
-const bytes = (key, text) => fact(key, text || "–", text && "bytes");
+const bytes = (key, text) => fact(key, text || "–", text ? "fact bytes" : "fact");
 
 // How to draw the parts of a lane, by the first word of its key in the state; `all` is the lane as a whole.
 const LANES = {
-    client: {
-        state: it => fact("", it),
-        sent: it => bytes("", it),
-        got: it => bytes("", it),
-    },
+    client: { state: it => fact("", it), sent: it => bytes("", it), got: it => bytes("", it) },
     kernel: {
-        all: rows => makeTable(["fd", "who", "ready"], rows.map(it =>
-            [fact("fd", it.fd), fact(it.fd, it.who), it.what.map(what => fact(`${it.fd} ${it.who}`, what))])),
+        all: rows => makeTable(["fd", "who", "ready"], rows.map(({ fd, who, what }) =>
+            [fact("fd", fd), fact(fd, who), what.map(it => fact(`${fd} ${who}`, it))])),
     },
     thread: {
         doing: it => fact("", it),
-        table: rows => makeTable(["fd", "who", "for", "slot", "generation"], rows.map(it =>
-            [fact("fd", it.fd), fact(it.fd, it.who), it.for.split("|").map(name => fact(`${it.fd} for`, name, name)),
-                ...[it.slot, it.generation].map(number => fact(`${it.fd} ${it.who} token`, number ?? ""))])),
-        batch: events => make("ol", "", ...events.map((it, index) => make("li", `is-${it.state}`,
-            fact(`${index} is`, it.state), fact(index, `fd ${it.fd} ${it.who} ${it.flags}`)))),
-        stack: frames => make("ol", "", ...frames.map((name, depth) => make("li", "", fact(depth, name)))),
-        tasks: tasks => make("ol", "", ...tasks.map(it => make("li", `is-${it.state}`,
-            fact(it.task, it.state), fact("task", `task ${it.task}`)))),
+        table: rows => {
+            const token = rows[0].slot === undefined ? [] : ["slot", "generation"];
+            return makeTable(["fd", "who", "for", ...token], rows.map(it => [
+                fact("fd", it.fd), fact(it.fd, it.who),
+                it.for.split("|").map(name => fact(`${it.fd} for`, name, `fact ${name}`)),
+                ...token.map(name => fact(`${it.fd} ${it.who} ${name}`, it[name])),
+            ]));
+        },
+        batch: events => makeList(events.map(({ fd, who, flags, state }, index) =>
+            [`is-${state}`, fact(`${index} is`, state), fact(index, `fd ${fd} ${who} ${flags}`)])),
+        stack: frames => makeList(frames.map((name, depth) => ["", fact(depth, name)])),
+        tasks: tasks => makeList(tasks.map(({ task, state }) =>
+            [`is-${state}`, fact(task, state), fact("task", `task ${task}`)])),
     },
     buffers: {
-        all: rows => makeTable(["who", "in", "out"], rows.map(it => [fact("who", it.who), bytes(`${it.who} in`, it.in),
-            [bytes(`${it.who} out`, it.out), ...(it.note ? [fact(it.who, it.note)] : [])]])),
+        all: rows => makeTable(["who", "in", "out"], rows.map(it => [
+            fact("who", it.who), bytes(`${it.who} in`, it.in),
+            [bytes(`${it.who} out`, it.out), ...(it.note ? [fact(it.who, it.note)] : [])],
+        ])),
     },
 };
-const LABELS = { sent: "sent", got: "got", table: "table of interest", batch: "batch", stack: "stack", tasks: "tasks" };
 
 // The states of a run: at the start, and after each step of a path. So back is the same as forward.
 const fold = (start, path) => {
@@ -73,8 +77,11 @@ const fold = (start, path) => {
 };
 
 // All paths through a recording, one for each way to choose.
-const pathsOf = ({ steps, choices = [] }) => (choices.length === 0 ? [steps]
-    : choices.flatMap(choice => pathsOf(choice).map(rest => [...steps, ...rest])));
+const pathsOf = ({ steps, choices }) => {
+    if (!steps?.length) throw new Error("a part of it has no steps");
+    if (!choices?.length) return [steps];
+    return choices.flatMap(choice => pathsOf(choice).map(rest => [...steps, ...rest]));
+};
 
 // For each moment, at which step each run is. In each beat, the run with fewer steps waits at its last one.
 const align = paths => {
@@ -117,112 +124,121 @@ class Place {
 }
 
 class Run {
-    constructor(recording) {
-        this.recording = recording;
-        this.parts = [];
-        const paths = pathsOf(recording);
-        for (const path of paths) this.validate(path);
-        const states = paths.flatMap(path => fold(recording.start, path));
+    parts = [];
+    lines = new Map();
+    sentence = make("p");
+
+    constructor({ title, program, sources, start, ...rest }) {
+        Object.assign(this, { title, start, rest });
+        const paths = pathsOf(rest);
+        this.source = make("div", "source", ...sources.map((piece, index) => this.drawSource(piece, index)));
+        this.source.tabIndex = 0;
+        for (const path of paths) {
+            path.forEach(({ say, actor, at, beat, set }, index) => {
+                const before = path[index - 1]?.beat ?? 0;
+                if (!say || !actor || !set || !(beat >= before) || (at && !this.lines.has(`${at}`)))
+                    throw new Error(`step ${index + 1} needs say, actor, set, a beat not past, a line that exists`);
+            });
+        }
+        const states = paths.flatMap(path => fold(start, path));
         const lanes = make("div", "lanes");
         for (const key of Object.keys(Object.assign({}, ...states))) {
             const kind = key.split(" ")[0];
-            if (!LANES[kind]) throw new Error(`no lane is called "${key}"`);
+            if (!LANES[kind]) throw new Error(`there is no lane for "${key}"`);
             if (!lanes.lastChild?.classList.contains(kind)) lanes.append(make("div", `row ${kind}`));
-            const lane = make("section", "lane", make("h4", "", key));
-            lanes.lastChild.append(lane);
-            for (const [name, draw] of Object.entries(LANES[kind])) {
-                const pick = state => (name === "all" ? state[key] : state[key]?.[name]);
-                if (states.every(state => pick(state) === undefined)) continue;
-                const place = new Place(draw);
-                for (const state of states) place.view(pick(state));
-                lane.append(make("div", `part ${name}`, LABELS[name] ? make("h5", "", LABELS[name]) : "", place.root));
-                this.parts.push({ place, pick });
-            }
+            lanes.lastChild.append(this.drawLane(key, LANES[kind], states));
         }
-        const title = make("p", "title", make("b", "", recording.title), " ", make("code", "", recording.program));
-        this.source = make("div", "source", ...recording.sources.map(piece => this.drawSource(piece)));
-        this.source.tabIndex = 0;
-        this.root = make("section", lanes.querySelectorAll(".thread > .lane").length > 1 ? "run threads" : "run",
-            title, lanes, this.source);
-        // The longest sentence reserves the room for all of them.
+        const threads = lanes.querySelectorAll(".thread > .lane").length;
+        this.root = make("section", threads > 1 ? "run threads" : "run",
+            make("p", "title", make("b", "", title), " ", make("code", "", program)), lanes, this.source);
+        // The longest sentence takes the room for all of them.
         const longest = paths.flat().reduce((a, b) => (b.say.length > a.say.length ? b : a));
-        this.sentence = make("p");
         this.says = make("div", "place", make("p", "ghost", ...this.say(longest)), this.sentence);
     }
 
-    validate(path) {
-        path.forEach(({ say, actor, at, beat, set }, index) => {
-            const [piece, line] = at ?? [];
-            if (!say || !actor || !set) throw new Error(`step ${index + 1} needs "say", "actor" and "set"`);
-            if (!(beat >= (path[index - 1]?.beat ?? 0))) throw new Error(`step ${index + 1} has no beat, or a past one`);
-            if (at && this.lineOf(piece, line, this.recording.sources[piece]?.lines) === undefined)
-                throw new Error(`step ${index + 1} is at a line that is not there`);
-        });
+    drawLane(key, draws, states) {
+        const lane = make("section", "lane", make("h4", "", key));
+        for (const [name, draw] of Object.entries(draws)) {
+            const pick = state => (name === "all" ? state[key] : state[key]?.[name]);
+            if (states.every(state => pick(state) === undefined)) continue;
+            const place = new Place(draw);
+            for (const state of states) place.view(pick(state));
+            const label = { all: "", state: "", doing: "", table: "table of interest" }[name] ?? name;
+            lane.append(make("div", `part ${name}`, ...(label ? [make("h5", "", label)] : []), place.root));
+            this.parts.push({ place, pick });
+        }
+        return lane;
     }
 
-    lineOf(piece, line, lines) {
-        return lines?.[line - this.recording.sources[piece].first];
-    }
-
-    drawSource({ file, name, first, lines }) {
+    drawSource({ file, name, first, lines }, piece) {
         const indent = Math.min(...lines.filter(line => line.trim()).map(line => line.search(/\S/)));
-        return make("section", "", make("h4", "", name, " ", make("small", "", file)), ...lines.map((line, index) => {
+        const title = make("h4", "", name, " ", make("small", "", file));
+        return make("section", "", title, ...lines.map((line, index) => {
             const [, space, code, comment = ""] = line.slice(indent).match(/^(\s*)(.*?)(\/\/.*)?$/);
             const text = make("code", "", code, make("i", "", comment));
             text.style.setProperty("--indent", `${space.length}ch`);
-            return make("div", "line", make("span", "number", first + index), text);
+            const element = make("div", "line", make("span", "number", first + index), text);
+            this.lines.set(`${piece},${first + index}`, element);
+            return element;
         }));
     }
 
-    // Takes the path of these choices, each an index, to its next choice or its end.
+    // Follows these choices, each an index, to the next choice or the end.
     follow(chosen) {
         this.path = [];
         this.forks = [];
-        for (let part = this.recording; part; part = part.choices?.[chosen[this.forks.length - 1]]) {
+        for (let part = this.rest; part; part = part.choices?.[chosen[this.forks.length - 1]]) {
             this.path.push(...part.steps);
-            if (part.choices) this.forks.push({ step: this.path.length, choices: part.choices });
+            if (part.choices?.length) this.forks.push({ step: this.path.length, choices: part.choices });
         }
-        this.states = fold(this.recording.start, this.path);
+        this.states = fold(this.start, this.path);
     }
 
     show(n, waits) {
-        for (const { place, pick } of this.parts)
-            place.show(pick(this.states[n]), pick(this.states[Math.max(n - 1, 0)]));
-        this.sentence.replaceChildren(...this.say(this.path[n - 1]), waits ? make("i", "", " (It waits.)") : "");
-        const [piece, line] = this.path.slice(0, n).findLast(step => step.at)?.at ?? [];
-        const lines = this.source.children[piece]?.querySelectorAll(".line");
-        const lit = this.lineOf(piece, line, lines);
-        for (const it of this.source.querySelectorAll(".lit")) it.classList.remove("lit", "past");
-        lit?.classList.add("lit", ...(this.path[n - 1].at ? [] : ["past"]));
+        const step = this.path[n - 1];
+        const [state, before] = [this.states[n], this.states[waits || n === 0 ? n : n - 1]];
+        for (const { place, pick } of this.parts) place.show(pick(state), pick(before));
+        this.sentence.replaceChildren(...this.say(step), make("i", "", waits ? " (waiting)" : ""));
+        // A step without a line leaves the server where it was.
+        const lit = this.lines.get(`${this.path.slice(0, n).findLast(({ at }) => at)?.at}`);
+        for (const line of this.lines.values())
+            line.className = line !== lit ? "line" : step.at && !waits ? "line lit" : "line lit past";
+        if (!lit) return;
         // Scrolls the pane, never the page, and only if the line is not well inside.
         const pane = this.source.getBoundingClientRect();
-        const top = lit ? lit.getBoundingClientRect().top - pane.top : pane.height / 2;
+        const top = lit.getBoundingClientRect().top - pane.top;
         if (top < pane.height * 0.15 || top > pane.height * 0.8) this.source.scrollTop += top - pane.height * 0.35;
     }
 
     say(step) {
         if (!step) return ["Nothing has happened yet. Press play, or take a step."];
-        const kind = step.actor === "kernel" ? "kernel" : `thread ${step.actor}` in this.recording.start ? "thread" : "client";
+        const { actor, say } = step;
+        const kind = actor === "kernel" ? "kernel" : `thread ${actor}` in this.start ? "thread" : "client";
         // What stands between backquotes is code.
-        const parts = step.say.split("`").map((text, index) => (index % 2 ? make("code", "", text) : text));
-        return [make("span", `actor ${kind}`, step.actor), " ", ...parts];
+        const parts = say.split("`").map((text, index) => (index % 2 ? make("code", "", text) : text));
+        return [make("span", `actor ${kind}`, actor), " ", ...parts];
     }
 }
 
-const KEYS = { "Space": "play, pause", "← →": "a step back, a step forward", "Home End": "to the start, to the end",
-    "1 2 3": "choose what happens next", "?": "show or hide this" };
+const KEYS = {
+    "Space": "play, pause",
+    "← →": "a step back, a step forward",
+    "Home End": "to the start, to the end",
+    "1 2 3": "choose what happens next",
+    "?": "show or hide this",
+};
 
 class ReactorReplay extends HTMLElement {
     connectedCallback() {
         if (this.picture) return;
         this.picture = make("details", "", make("summary", "", "The run as a picture"));
         try {
-            const scripts = [...this.querySelectorAll("script")];
-            this.runs = scripts.map(script => new Run(JSON.parse(script.textContent)));
+            this.runs = [...this.querySelectorAll("script")].map(script => new Run(JSON.parse(script.textContent)));
             this.build();
         } catch (error) {
-            this.prepend(make("p", "fault", `This replay is not shown, because its recording is malformed: ${error.message}`));
-            console.warn(this.firstChild.textContent);
+            const fault = `This replay is not shown, because its recording is malformed: ${error.message}`;
+            console.warn(fault);
+            this.prepend(make("p", "fault", fault));
         }
     }
 
@@ -242,13 +258,15 @@ class ReactorReplay extends HTMLElement {
         this.help.firstChild.title = this.help.firstChild.ariaLabel = "keys";
         this.says = make("div", "says", ...this.runs.map(run => run.says));
         this.choices = make("div", "choices place");
-        const bar = make("div", "bar", this.says, this.choices, make("div", "controls", this.back, this.toggle, this.forth,
-            this.scrub, this.position, make("span", "end", this.speed, this.rate, this.link, this.help)));
-        const pair = this.runs.length > 1 ? " pair" : "";
+        const end = make("span", "end", this.speed, this.rate, this.link, this.help);
+        const bar = make("div", "bar", this.says, this.choices,
+            make("div", "controls", this.back, this.toggle, this.forth, this.scrub, this.position, end));
+        const runs = make("div", "runs", ...this.runs.map(run => run.root));
         this.follow([]);
+        this.picture.hidden = !this.querySelector(":scope > :not(script)");
         this.picture.append(...this.childNodes);
-        this.append(make("div", `replay${pair}`, make("div", "runs", ...this.runs.map(run => run.root)), bar), this.picture);
-        Object.assign(this, { tabIndex: 0, role: "group", ariaLabel: `Replay: ${this.runs[0].recording.title}` });
+        this.append(make("div", this.runs.length > 1 ? "replay pair" : "replay", runs, bar), this.picture);
+        Object.assign(this, { tabIndex: 0, role: "group", ariaLabel: `Replay: ${this.runs[0].title}` });
         this.play(false);
         this.show(0);
         this.open();
@@ -305,11 +323,11 @@ class ReactorReplay extends HTMLElement {
         const here = this.n === moment;
         const note = this.n < moment ? `What happens after step ${moment} is up to you.`
             : `Your choice after step ${moment}: ${choices[this.chosen[depth]]?.label}`;
-        this.choices.replaceChildren(make("div", here ? "" : "ghost", make("b", "", "What happens next?"), ...options),
-            make("p", here ? "ghost" : "", note));
+        this.choices.replaceChildren(make("p", here ? "ghost" : "", note),
+            make("div", here ? "" : "ghost", make("b", "", "What happens next?"), ...options));
     }
 
-    // Shows a step that a reader asks for.
+    // Shows the step that a reader asks for.
     go(n) {
         this.play(false);
         this.show(n);
