@@ -53,7 +53,7 @@ for (const code of document.querySelectorAll("pre > code.language-console")) {
 }
 
 // Tables of words: on a narrow screen each cell stands alone, so it needs the title of its column.
-for (const table of document.querySelectorAll(".content table")) {
+for (const table of document.querySelectorAll(".content table:not(.replay *)")) {
     const titles = [...table.querySelectorAll("th")].map(title => title.textContent);
     if (titles.length < 3) continue;
     for (const row of table.querySelectorAll("tbody tr"))

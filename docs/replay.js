@@ -68,14 +68,17 @@ const LANES = {
         ])),
     },
 };
-const LABELS = {
-    sent: "sent", got: "got", table: "table of interest", batch: "batch", stack: "stack", tasks: "tasks",
-};
 
-// The states of a run: at the start, and after each step of a path. So back is the same as forward.
+// The states of a run: at the start, and after each step of a path. So back is the same as forward. A step has what
+// changes: a lane as a whole if it is a table, otherwise its parts.
 const fold = (start, path) => {
     const states = [start];
-    for (const step of path) states.push({ ...states.at(-1), ...step.set });
+    for (const step of path) {
+        const state = { ...states.at(-1) };
+        for (const [key, value] of Object.entries(step.set))
+            state[key] = Array.isArray(value) ? value : { ...state[key], ...value };
+        states.push(state);
+    }
     return states;
 };
 
@@ -166,8 +169,8 @@ class Run {
             if (states.every(state => pick(state) === undefined)) continue;
             const place = new Place(draw);
             for (const state of states) place.view(pick(state));
-            const label = name in LABELS ? [make("h5", "", LABELS[name])] : [];
-            lane.append(make("div", `part ${name}`, ...label, place.root));
+            const label = { all: "", state: "", doing: "", table: "table of interest" }[name] ?? name;
+            lane.append(make("div", `part ${name}`, ...(label ? [make("h5", "", label)] : []), place.root));
             this.parts.push({ place, pick });
         }
         return lane;
@@ -175,7 +178,8 @@ class Run {
 
     drawSource({ file, name, first, lines }, piece) {
         const indent = Math.min(...lines.filter(line => line.trim()).map(line => line.search(/\S/)));
-        return make("section", "", make("h4", "", name, " ", make("small", "", file)), ...lines.map((line, index) => {
+        const title = make("h4", "", name, " ", make("small", "", file));
+        return make("section", "", title, ...lines.map((line, index) => {
             const [, space, code, comment = ""] = line.slice(indent).match(/^(\s*)(.*?)(\/\/.*)?$/);
             const text = make("code", "", code, make("i", "", comment));
             text.style.setProperty("--indent", `${space.length}ch`);
@@ -198,18 +202,18 @@ class Run {
 
     show(n, waits) {
         const step = this.path[n - 1];
-        const [state, before] = [this.states[n], this.states[Math.max(n - 1, 0)]];
+        const [state, before] = [this.states[n], this.states[waits || n === 0 ? n : n - 1]];
         for (const { place, pick } of this.parts) place.show(pick(state), pick(before));
-        this.sentence.replaceChildren(...this.say(step), make("i", "", waits ? " (It waits.)" : ""));
-        // A client or the kernel has no line; then the server is still where it was.
-        const at = this.path.slice(0, n).findLast(earlier => earlier.at)?.at;
-        for (const [key, line] of this.lines)
-            line.className = key !== `${at}` ? "line" : step.at ? "line lit" : "line lit past";
+        this.sentence.replaceChildren(...this.say(step), make("i", "", waits ? " (waiting)" : ""));
+        // A step without a line leaves the server where it was.
+        const lit = this.lines.get(`${this.path.slice(0, n).findLast(({ at }) => at)?.at}`);
+        for (const line of this.lines.values())
+            line.className = line !== lit ? "line" : step.at && !waits ? "line lit" : "line lit past";
+        if (!lit) return;
         // Scrolls the pane, never the page, and only if the line is not well inside.
-        const [pane, line] = [this.source, this.lines.get(`${at}`)].map(element => element?.getBoundingClientRect());
-        const top = line ? line.top - pane.top : 0;
-        if (line && (top < pane.height * 0.15 || top > pane.height * 0.8))
-            this.source.scrollTop += top - pane.height * 0.35;
+        const pane = this.source.getBoundingClientRect();
+        const top = lit.getBoundingClientRect().top - pane.top;
+        if (top < pane.height * 0.15 || top > pane.height * 0.8) this.source.scrollTop += top - pane.height * 0.35;
     }
 
     say(step) {

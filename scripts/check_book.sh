@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks every page of the book in headless Chromium, at the width of a desktop and of a phone, in the
-# light and the dark theme: it must load without an error, have all its pictures inlined, and contain
-# nothing wider than the page. Also checks that these faults are reported, on a page that has all of them.
+# light and the dark theme: it must load without an error, have all its pictures inlined, contain nothing
+# wider than the page, and its replays must step to their ends and back. Also checks that these faults are
+# reported, on a page that has all of them.
 set -euo pipefail
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.."
 
@@ -26,7 +27,13 @@ cp -r docs/book "$scratch/site"
 # The page that checks the others, and the one with all the faults.
 cp scripts/check_book.html "$scratch/site/check.html"
 faults='<img src="gone.svg"><p style="white-space: nowrap">'$(printf 'wide%.0s ' {1..200})
-faults+='</p><script>throw new Error("fault")</script></main>'
+faults+='</p><script>throw new Error("fault")</script>'
+# A replay without a recording, and one that ignores a key.
+faults+='<reactor-replay id="empty"><script type="application/json">{}</script></reactor-replay>'
+faults+='<reactor-replay id="stuck"><script type="application/json">{"title": "", "program": "", "start": {},'
+faults+='"sources": [], "steps": [{"say": "It waits.", "actor": "A", "beat": 1, "set": {"kernel": []}}]}</script>'
+faults+='</reactor-replay><script>addEventListener("keydown", event => {'
+faults+='if (event.key === "ArrowLeft") event.stopPropagation(); }, true)</script></main>'
 sed "s|</main>|$faults|" docs/book/v01.html > "$scratch/site/faults.html"
 (cd "$scratch/site" && find . -name '*.html' ! -name check.html ! -name print.html ! -name 404.html \
     ! -name 'toc.html' -printf '%P\n' | sort) > "$scratch/site/pages.txt"
@@ -60,7 +67,8 @@ if ! grep -q '^checked ' "$scratch/report"; then
     exit 1
 fi
 for fault in 'error: Uncaught Error: fault' 'error: .*gone.svg is not inlined' 'error: gone.svg is still an image' \
-    'no picture' 'wider'; do
+    'no picture' 'wider' 'error: This replay is not shown' 'no replay empty' \
+    'error: replay stuck: step 1 differs on the way back'; do
     if (($(grep -c "^faults.html.*: $fault" "$scratch/report") != 4)); then
         printf 'check_book.sh: failed to report an intentional fault: %s\n' "$fault" >&2
         exit 1
