@@ -23,6 +23,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{self, PathBuf};
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use anyhow::{Context, ensure};
 use bench::latency::Latency;
@@ -266,17 +268,30 @@ fn console(workspace: &Workspace, check: bool, mut pages: Vec<String>) -> anyhow
         pages.extend(workspace.pages().map(str::to_owned));
     }
     let stage = console::Stage::set(workspace)?;
-    for name in pages {
-        let page = workspace.read(&name)?;
-        let (count, fresh) = console::replay(&page, &stage, check).with_context(|| name.clone())?;
+    let replay = |name: &str| {
+        let page = workspace.read(name)?;
+        let (count, fresh) = console::replay(&page, &stage, check)?;
         if check {
             println!("{name}: {count} sessions");
         } else if fresh != page {
-            fs::write(workspace.root.join(&name), fresh).with_context(|| name.clone())?;
+            fs::write(workspace.root.join(name), fresh)?;
             println!("updated {name}");
         }
-    }
-    Ok(())
+        anyhow::Ok(())
+    };
+    let pages = Mutex::new(pages.into_iter());
+    let next = || pages.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let replay_all = || {
+        std::iter::from_fn(next).try_for_each(|name| replay(&name).with_context(|| name.clone()))
+    };
+    // Sessions mostly wait. But one that is to be printed has the machine for itself.
+    let workers = if check { 3 } else { 1 };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..workers).map(|_| scope.spawn(replay_all)).collect();
+        threads.into_iter().try_for_each(|thread| {
+            thread.join().unwrap_or_else(|_| Err(anyhow::anyhow!("a thread has panicked")))
+        })
+    })
 }
 
 fn answers(workspace: &Workspace, mut patches: Vec<String>, quick: bool) -> anyhow::Result<()> {

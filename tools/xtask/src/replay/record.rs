@@ -53,7 +53,11 @@ pub struct Recording {
 pub fn record(script: &Script, acts: &[(char, Act)], bin: &Path) -> Result<Recording> {
     let folder = tempfile::tempdir()?;
     let (report, log) = (folder.path().join("strace"), folder.path().join("log"));
-    let mut command = strace::command(&report);
+    let mut command = Command::new("bash");
+    // Inherited fds would change the server's fd numbers.
+    let prologue = "for fd in {3..63}; do eval \"exec $fd>&-\"; done; exec \"$@\"";
+    let strace = strace::command(&report);
+    command.args(["-c", prologue, "bash"]).arg(strace.get_program()).args(strace.get_args());
     if script.delay > 0 {
         command.args(["-e", &format!("inject=epoll_wait:delay_enter={}", script.delay * 1000)]);
     }

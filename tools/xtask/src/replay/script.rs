@@ -189,3 +189,37 @@ fn sent(what: &str) -> Result<Vec<u8>> {
 fn frame(id: i32, payload: &[u8]) -> Result<Vec<u8>> {
     Ok([&message::encode_header(id, payload.len())?[..], payload].concat())
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_script_is_a_tree() {
+        let text = "title: T\nserver: reactor-v03 --x\nfds: 9\n\nA connects\n? B comes\n    B connects\n    \
+            B sends 2 messages of 3 bytes\n? A says hi\n    A sends \"hi\\n\"\n";
+        let script = Script::parse(text).unwrap();
+        assert_eq!((script.program(), script.fds), ("reactor-v03", Some(9)));
+        assert_eq!(script.clients(), ['A', 'B'].into());
+        assert_eq!(script.part.acts, [('A', Act::Connects)]);
+        let [(first, b), (_, a)] = &script.part.choices[..] else { panic!("two choices") };
+        assert_eq!((&**first, b.acts.len(), &b.acts[1]), ("B comes", 3, &b.acts[2]));
+        assert_eq!(a.acts, [('A', Act::Sends(b"hi\n".to_vec()))]);
+        let message = Act::Sends(frame(1, b"xxx").unwrap());
+        assert_eq!(b.acts[1], ('B', message));
+    }
+
+    #[test]
+    fn a_mistake_is_named() {
+        for (text, what) in [
+            ("title: T", "no empty line after the head"),
+            ("what: T\n\nA connects", "unknown key \"what\""),
+            ("title: T\n\nA jumps", "\"A jumps\": unknown act"),
+            ("title: T\n\nA sends hi", "\"A sends hi\": a text in quotes"),
+        ] {
+            let err = Script::parse(text).unwrap_err();
+            assert!(format!("{err:#}").contains(what), "{err:#}");
+        }
+    }
+}

@@ -309,12 +309,6 @@ impl<'a> Model<'a> {
         let state = self.snapshot();
         let set = changes(&self.last, &state);
         let at = self.threads.get(actor).and_then(|thread| thread.at);
-        // With one thread it is clear who it is.
-        let say = match say.strip_prefix("It ") {
-            _ if self.threads.len() == 1 || !self.threads.contains_key(actor) => say,
-            Some(rest) => format!("{actor} {rest}"),
-            None => format!("{actor}: {say}"),
-        };
         self.steps.push(Step { say, actor: actor.to_owned(), at, beat: self.beat, set });
         self.last = state;
     }
@@ -679,12 +673,11 @@ impl<'a> Model<'a> {
         match kind {
             Kind::Bell { rings } => {
                 self.fds.insert(call.fd(), Kind::Bell { rings: rings + 1 });
-                let whose =
-                    self.tables.iter().find(|(_, rows)| rows.iter().any(|row| row.fd == call.fd()));
-                let epoll = whose.map(|(epoll, _)| *epoll);
-                let whose = self.threads.iter().find(|(_, thread)| thread.epoll == epoll);
-                let whose = whose.map_or("its thread", |(name, _)| name);
-                Some(format!("It writes to the eventfd {}, which wakes {whose}.", call.fd()))
+                let whose = self.owner(call.fd()).unwrap_or("its thread");
+                Some(format!(
+                    "It rings the bell: it writes to the eventfd {}, which wakes {whose}.",
+                    call.fd()
+                ))
             }
             Kind::Conn(name) => {
                 let messages = self.has_messages;
@@ -827,17 +820,15 @@ impl<'a> Model<'a> {
         what: &str,
         task: &str,
     ) -> Option<String> {
-        if what == "poll" || what == "wake" {
-            let state = self.thread(thread);
-            for other in
-                state.tasks.values_mut().filter(|other| **other == "polled" && what == "poll")
-            {
-                *other = "pending";
-            }
-        }
+        let state = self.thread(thread);
         if what == "poll" {
-            let depth = self.thread(thread).stack.len().min(1);
-            self.thread(thread).base = depth;
+            // The one before has not said that it is ready.
+            state.tasks.values_mut().filter(|it| **it == "polled").for_each(|it| *it = "pending");
+        }
+        // Tasks are polled outside the loop, and most wakers are called there.
+        let is_outside = !state.stack.iter().any(|it| it.starts_with("task "));
+        if what == "poll" || is_outside {
+            state.base = 0;
             self.next_of_batch(thread, "done");
         }
         self.is_in(thread, level, line);
@@ -886,12 +877,24 @@ impl<'a> Model<'a> {
         match self.fds.get(&fd) {
             Some(Kind::Listener) => "the listener".to_owned(),
             Some(Kind::Conn(name)) => name.to_string(),
-            Some(Kind::Bell { .. }) => "an eventfd".to_owned(),
+            Some(Kind::Bell { .. }) => match self.owner(fd) {
+                Some(_) if self.threads.len() == 1 => "the bell".to_owned(),
+                Some(thread) => format!("the bell of {thread}"),
+                None => "an eventfd".to_owned(),
+            },
             Some(Kind::Signals) => "signals".to_owned(),
             Some(Kind::Datagrams) => "UDP".to_owned(),
             Some(Kind::Epoll) => "an epoll instance".to_owned(),
             None => "other".to_owned(),
         }
+    }
+
+    /// The thread whose loop watches `fd`.
+    fn owner(&self, fd: i64) -> Option<&str> {
+        let (epoll, _) =
+            self.tables.iter().find(|(_, rows)| rows.iter().any(|row| row.fd == fd))?;
+        let owner = self.threads.iter().find(|(_, thread)| thread.epoll == Some(*epoll));
+        owner.map(|(name, _)| &**name)
     }
 
     /// What the kernel has ready for a row.
@@ -961,6 +964,8 @@ impl<'a> Model<'a> {
         let kernel = self.fds.iter().filter_map(|(fd, kind)| {
             let row = self.tables.values().flatten().find(|row| row.fd == *fd);
             let what = match kind {
+                // A duplicate that no loop watches.
+                Kind::Listener if row.is_none() && !self.tables.is_empty() => Vec::new(),
                 Kind::Listener => self.ready_listener(),
                 Kind::Conn(name) => {
                     self.ready_conn(*name, row.is_some_and(|row| row.flags.contains("OUT")))
@@ -1001,11 +1006,12 @@ impl<'a> Model<'a> {
             });
             value["table"] = rows.collect();
         }
-        let batch = thread
-            .batch
-            .iter()
-            .map(|it| json!({ "fd": it.fd, "who": it.who, "flags": it.flags, "state": it.state }));
-        value["batch"] = batch.collect();
+        if thread.epoll.is_some() {
+            let batch = thread.batch.iter().map(
+                |it| json!({ "fd": it.fd, "who": it.who, "flags": it.flags, "state": it.state }),
+            );
+            value["batch"] = batch.collect();
+        }
         value["stack"] = thread.stack.clone().into();
         if !thread.tasks.is_empty() {
             let tasks = thread.tasks.iter();
@@ -1088,5 +1094,86 @@ fn shown(bytes: &[u8], as_messages: bool) -> String {
         count(bytes.len())
     } else {
         format!("\"{}\"", text(bytes))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::replay::strace;
+
+    /// A server of another kind, with one client.
+    const REPORT: &str = r#"7 1.0 listen(3, 128) = 0 <0.1>
+7 2.0 epoll_ctl(4, EPOLL_CTL_ADD, 3, {events=EPOLLIN, data=0x3}) = 0 <0.1>
+7 3.0 epoll_wait(4, [{events=EPOLLIN, data=0x3}], 9, -1) = 1 <1.0>
+7 5.0 accept4(3, {sa_family=AF_INET, sin_port=htons(99)}, [16], 0) = 5 <0.1>
+7 6.0 epoll_ctl(4, EPOLL_CTL_ADD, 5, {events=EPOLLIN, data={u32=5, u64=5}}) = 0 <0.1>
+7 7.0 epoll_wait(4, [{events=EPOLLIN, data=0x5}], 9, -1) = 1 <1.0>
+7 9.0 recvfrom(5, "\x68\x69", 4096, 0, NULL, NULL) = 2 <0.1>
+7 10.0 sendto(5, "\x68\x69", 2, 0, NULL, 0) = 1 <0.1>
+7 11.0 sendto(5, "\x69", 1, 0, NULL, 0) = -1 EAGAIN (Resource temporarily unavailable) <0.1>
+7 12.0 epoll_wait(4,  <unfinished ...>
+"#;
+
+    fn says(steps: &[Step]) -> Vec<&str> {
+        steps.iter().map(|step| &*step.say).collect()
+    }
+
+    #[test]
+    fn a_run_is_retold_from_the_calls_alone() {
+        let recording = Recording::derived(strace::parse(REPORT).unwrap());
+        let Outcome { start, steps, .. } = super::steps(&recording, &mut Logs::default());
+        assert_eq!(start["client A"]["state"], "not connected");
+        assert_eq!(start["thread main"]["doing"], "waits in epoll_wait");
+        let expected = [
+            "A connects. The kernel completes the handshake by itself, and puts the connection into the accept \
+             queue.",
+            "`epoll_wait` returns one event: fd 3 (the listener) IN.",
+            "`accept` takes A's connection out of the accept queue: fd 5.",
+            "`epoll_ctl` puts fd 5 (A) into the table of interest: IN.",
+            "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
+            "A sends \"hi\". It waits in the kernel until the server reads it.",
+            "`epoll_wait` returns one event: fd 5 (A) IN.",
+            "`read` takes \"hi\" out of the kernel.",
+            "`write` to A: the kernel has room for 1 of 2 bytes.",
+            "`write` to A: EAGAIN. There is no room in the kernel.",
+            "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
+        ];
+        assert_eq!(says(&steps), expected);
+        let buffers = |step: usize| steps[step].set["buffers"].to_string();
+        assert_eq!(buffers(7), r#"[{"who":"A","in":"\"hi\"","out":""}]"#);
+        assert_eq!(buffers(8), r#"[{"who":"A","in":"","out":"\"i\""}]"#);
+        assert_eq!(steps[8].set["client A"], json!({ "got": "\"h\"" }));
+        assert_eq!(steps.iter().map(|step| step.beat).collect::<Vec<_>>()[4..6], [1, 2]);
+    }
+
+    #[test]
+    fn what_goes_on_and_on_is_left_out() {
+        let step = |actor: &str, say: &str| Step {
+            say: say.to_owned(),
+            actor: actor.to_owned(),
+            at: None,
+            beat: 0,
+            set: Map::new(),
+        };
+        let sends = |n: usize| [step("A", &format!("sends {n}")), step("main", "reads")];
+        let steps = (1..=4).flat_map(sends).chain([step("A", "leaves")]).collect();
+        let steps = without_repetitions(steps);
+        let expected =
+            ["sends 1", "reads", "This goes on for a while, until: sends 4", "reads", "leaves"];
+        assert_eq!(says(&steps), expected);
+    }
+
+    #[test]
+    fn bytes_are_shown_as_text_or_as_messages() {
+        let message = [&message::encode_header(1, 2).unwrap()[..], b"hi"].concat();
+        assert_eq!(shown(&message, true), "id 1 \"hi\"");
+        assert_eq!(shown(&message[..9], false), r#""\x01\x00\x00\x00\x02\x00\x00\x00h""#);
+        assert_eq!(shown(&[b'x'; 65_536], true), "65,536 bytes");
+        assert_eq!(
+            (count(1), count(1_234_567)),
+            ("1 byte".to_owned(), "1,234,567 bytes".to_owned())
+        );
     }
 }

@@ -154,3 +154,35 @@ impl Call {
         self.args.split("port=htons(").nth(1)?.split(')').next()?.parse().ok()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_another_thread_interrupts_is_one() {
+        let report = "7 1.0 epoll_wait(3,  <unfinished ...>\n\
+            8 1.5 prctl(PR_SET_NAME, \"\\x77\\x30\") = 0 <0.000010>\n\
+            8 1.6 write(4, \"\\x31\\x73\\x20\\x20\\x49\\x4e\\x46\\x4f\\x20\\x61\\x0a\", 9) = 9 <0.1>\n\
+            7 2.0 <... epoll_wait resumed>[{events=EPOLLIN|EPOLLHUP, data={u32=2, u64=4294967298}}], 9, -1) = 1 <1.0>\n\
+            7 3.0 --- SIGINT {si_signo=SIGINT} ---\n\
+            8 4.0 accept4(5, NULL, NULL, 0) = -1 EAGAIN (Resource temporarily unavailable) <0.1>\n\
+            7 5.0 epoll_wait(3, [], 9, -1) = ? ERESTARTSYS (To be restarted) <0.1>\n";
+        let calls = parse(report).unwrap();
+        let names: Vec<_> = calls.iter().map(|call| (&*call.thread, &*call.name)).collect();
+        let expected = [
+            ("w0", "prctl"),
+            ("w0", "write"),
+            ("main", "epoll_wait"),
+            ("w0", "accept4"),
+            ("main", "epoll_wait"),
+        ];
+        assert_eq!(names, expected);
+        assert_eq!(calls[1].log_line(), Some(("INFO".to_owned(), "a".to_owned())));
+        assert_eq!((calls[2].start, calls[2].end, calls[2].number()), (1.0, 2.0, Some(1)));
+        assert_eq!(calls[2].events(), [("IN|HUP".to_owned(), 4_294_967_298)]);
+        assert_eq!((calls[3].error(), calls[3].fd()), (Some("EAGAIN"), 5));
+        assert_eq!(calls[4].result, None);
+    }
+}
