@@ -3,6 +3,7 @@
 //! A script (`docs/src/runs/NAME.run`) says what the clients do. The server runs under strace(1) with its log at
 //! trace, and the recording becomes `NAME.json` beside the script and the picture `images/run-NAME.svg`.
 
+mod model;
 mod record;
 mod script;
 mod steps;

@@ -109,6 +109,11 @@ impl Call {
         self.args.split(',').nth(n).unwrap_or_default().trim()
     }
 
+    /// Whether it is one of epoll_wait's family.
+    pub fn is_wait(&self) -> bool {
+        self.name.starts_with("epoll_") && self.name.contains("wait")
+    }
+
     /// The number that it has returned, if it has not failed.
     pub fn number(&self) -> Option<i64> {
         self.result.as_ref()?.as_ref().ok().copied()
