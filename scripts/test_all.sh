@@ -497,6 +497,11 @@ chapter_v03() {
     done
     check v03 'REACTOR_CMD: tests another program' check_another_program
     check v03 'grade.sh: passes the chapter, and no other program' check_grade
+    # A container may forbid it.
+    if strace -o /dev/null true 2>/dev/null; then
+        check v03 'replay.sh: a page of a run' check_replay
+        check v03 'grade.sh --record: a page of a case' check_record
+    fi
 }
 
 # ---- Chapter 4 -----------------------------------------------------------------------------------
@@ -1034,6 +1039,33 @@ check_grade() {
     grade v03 second-client false '{addr}'
     expect_code 1
     grep -q '^3.2 .* FAIL$' out || fail 'expected: the case fails' "got: $(excerpt out)"
+}
+
+check_replay() {
+    "$ROOT/scripts/replay.sh" --output page.html reactor-v03 --addr 127.0.0.1:0 >out 2>server.log &
+    server=$!
+    within "$CARGO_LIMIT" server_has_begun || true
+    [[ -n $port ]] || fail 'expected: the server listens' "got: $(excerpt server.log)"
+    expect_same <(echo hello) <(echo hello | nc -N 127.0.0.1 "$port")
+    # The program that runs strace, which runs the server.
+    kill "$(pgrep -P "$(pgrep -P "$server" strace)")"
+    wait "$server"
+    grep -Eq '^[0-9]+ steps in page.html$' out || fail 'expected: the number of steps' "got: $(excerpt out)"
+    expect_page 'conn_rd_callback'
+}
+
+# expect_page TEXT: page.html replays a run in which this occurs.
+expect_page() {
+    local text
+    for text in '<reactor-replay' 'out of the kernel' "$1"; do
+        grep -q "$text" page.html || fail "expected: $text in page.html"
+    done
+}
+
+check_record() {
+    limited "$CARGO_LIMIT" "$ROOT/scripts/grade.sh" v03 --case echo --record page.html -- \
+        "${binary[reactor-v03]}" --addr '{addr}' >out
+    expect_page 'A run of .*reactor-v03'
 }
 
 grade() { # CHAPTER CASE COMMAND...
