@@ -3,6 +3,7 @@
 //! The trace is a console block of the page, under a comment `sequence: FILE, BYTES`. BYTES is how the
 //! picture shows the bytes that the client sends and gets back.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Context, ensure};
@@ -163,6 +164,9 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
     // A socket that a callback watches for room without having tried to write, which nearly always has room;
     // and the one for the current wait.
     let (mut untried, mut waited_for) = ("", "");
+    // If there are several clients, each has a letter, by its fd.
+    let several = session.matches(": connected, fd ").count() > 1;
+    let (mut letters, mut names) = ('A'..='Z', BTreeMap::new());
     // How many tasks are to be polled, and whether one is being polled.
     let (mut queued, mut polling) = (0, false);
     // How a server starts and stops is not drawn.
@@ -180,7 +184,15 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
             let result = if is_done { "Ready" } else { "Pending" };
             events.push(arrow(CALLBACKS, LOOP, result, true));
         }
+        if let (true, Some((_, fd))) = (several, line.split_once(": connected, ")) {
+            names.insert(fd, format!("{} ", letters.next().unwrap_or('Z')));
+        }
+        // Of the client at the end of the line, or before a comma or ` into `.
+        let fd = line.rfind("fd ").map_or("", |at| &line[at..]);
+        let fd = fd.split([',', ' ']).take(2).collect::<Vec<_>>().join(" ");
+        let who = names.get(&*fd).map_or("", String::as_str);
         let mut client_does = |text: &str| {
+            let text = &format!("{who}{text}");
             events.insert(woken, arrow(CLIENT, KERNEL, text, false));
             woken += 1;
         };
@@ -214,7 +226,7 @@ fn events(session: &str, bytes: &str) -> Vec<Event> {
         } else if let Some(write) = line.strip_prefix("write: ") {
             let count = write.split(' ').next().unwrap_or_default();
             events.push(arrow(CALLBACKS, KERNEL, line, false));
-            events.push(arrow(KERNEL, CLIENT, &format!("gets {count} bytes\n{bytes}"), true));
+            events.push(arrow(KERNEL, CLIENT, &format!("{who}gets {count} bytes\n{bytes}"), true));
         } else if let Some(read) = line.strip_prefix("read: ") {
             let count = read.split(' ').next().unwrap_or_default();
             if count != "0" {
@@ -283,6 +295,29 @@ mod tests {
             arrow(KERNEL, CALLBACKS, "read: 0 bytes from fd 8, discarded", true),
         ];
         assert_eq!(events(SESSION, "\"hello\\n\""), expected);
+    }
+
+    #[test]
+    fn several_clients_have_a_letter_each() {
+        let lines = [
+            "TRACE epoll_wait: 2 ready",
+            "DEBUG 127.0.0.1:5: connected, fd 8",
+            "DEBUG 127.0.0.1:6: connected, fd 9",
+            "TRACE epoll_wait: 1 ready",
+            "TRACE read: 2 bytes from fd 9 into IoBuf { head: 0 }",
+            "TRACE write: 2 of 2 bytes to fd 9",
+        ];
+        let session: String = lines.iter().map(|line| format!("{line}\n")).collect();
+        let events = events(&session, "");
+        let is_by = |event: &&Event| matches!(event, Event::Arrow { from, to, .. } if [*from, *to].contains(&CLIENT));
+        let texts: Vec<_> = events.iter().filter(is_by).collect();
+        let expected = [
+            arrow(CLIENT, KERNEL, "A connects", false),
+            arrow(CLIENT, KERNEL, "B connects", false),
+            arrow(CLIENT, KERNEL, "B sends 2 bytes\n", false),
+            arrow(KERNEL, CLIENT, "B gets 2 bytes\n", true),
+        ];
+        assert_eq!(texts, expected.iter().collect::<Vec<_>>());
     }
 
     #[test]
