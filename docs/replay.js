@@ -403,7 +403,8 @@ class ReactorReplay extends HTMLElement {
         const first = name === "step" && document.querySelector("reactor-replay") === this;
         if (!wanted.has("step") || (name !== this.id && !first)) return;
         this.play(false);
-        this.follow((wanted.get("choose") ?? "").split(",").filter(Boolean).map(Number));
+        // The last one, because the ID may be `choose` too.
+        this.follow((wanted.getAll("choose").pop() ?? "").split(",").filter(Boolean).map(Number));
         this.show(parseInt(wanted.get("step"), 10) || 0);
         if (!first) this.scrollIntoView();
     }
