@@ -322,8 +322,9 @@ impl Recording {
             if name.starts_with("epoll_") && name.contains("wait") {
                 woken.insert(thread, call.end - 1e-6);
             } else if name.starts_with("accept") {
-                let (Some(fd), Some(port)) = (call.number(), call.port()) else { continue };
-                let client = names.next().unwrap_or('A');
+                let Some(fd) = call.number() else { continue };
+                // Many servers do not ask for the address.
+                let (client, port) = (names.next().unwrap_or('A'), call.port().unwrap_or(0));
                 clients.insert(fd, (client, port));
                 let time = ready.min(call.end - 1e-6);
                 acts.push(Done { time, client, port, act: Act::Connects });

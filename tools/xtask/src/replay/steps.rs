@@ -598,8 +598,13 @@ impl<'a> Model<'a> {
                 format!("`accept` fails: {error}{free}.{queue}")
             });
         }
-        let (fd, port) = (call.number()?, call.port()?);
-        let (name, client) = self.clients.iter_mut().find(|(_, client)| client.port == port)?;
+        let fd = call.number()?;
+        // Without an address it is the one that has waited longest.
+        let is_it = |client: &Client| match call.port() {
+            Some(port) => client.port == port,
+            None => !client.accepted && client.state != "not connected",
+        };
+        let (name, client) = self.clients.iter_mut().find(|(_, client)| is_it(client))?;
         client.accepted = true;
         self.fds.insert(fd, Kind::Conn(*name));
         Some(format!("`accept` takes {name}'s connection out of the accept queue: fd {fd}."))
@@ -1146,6 +1151,10 @@ mod tests {
         assert_eq!(buffers(8), r#"[{"who":"A","in":"","out":"\"i\""}]"#);
         assert_eq!(steps[8].set["client A"], json!({ "got": "\"h\"" }));
         assert_eq!(steps.iter().map(|step| step.beat).collect::<Vec<_>>()[4..6], [1, 2]);
+        // Not every server asks for the address.
+        let report = REPORT.replace("{sa_family=AF_INET, sin_port=htons(99)}, [16]", "NULL, NULL");
+        let recording = Recording::derived(strace::parse(&report).unwrap());
+        assert_eq!(super::steps(&recording, &mut Logs::default()).steps, steps);
     }
 
     #[test]
