@@ -467,15 +467,16 @@ impl<'a> Model<'a> {
         }
         let table = self.tables.get(&call.fd());
         let ready = table.is_some_and(|rows| rows.iter().any(|row| !self.ready(row).is_empty()));
-        let timeout =
-            call.args.rsplit(", ").next().filter(|_| call.result.is_some()).unwrap_or("-1");
+        // epoll_pwait has more arguments after it.
+        let after = call.args.split_once("], ").filter(|_| call.result.is_some());
+        let timeout = after.and_then(|(_, rest)| rest.split(", ").nth(1)).unwrap_or("-1");
         let has_task = self.thread(thread).tasks.values().any(|task| *task == "woken");
         let say = match timeout {
             _ if ready => "It asks with `epoll_wait` what is ready. Something is.",
             "0" if has_task => {
                 "It asks with `epoll_wait` what is ready, and does not wait: a task is to be polled."
             }
-            "-1" => "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
+            "-1" | "NULL" => "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
             _ => "Nothing is ready. It waits in `epoll_wait`, until a timer is due.",
         };
         Some(say.to_owned())
