@@ -332,7 +332,7 @@ impl Recording {
                 let Some((client, port)) = clients.get(&call.fd()).copied() else { continue };
                 let act = match (call.number(), call.error()) {
                     (Some(0), _) => Act::ShutsDown,
-                    (Some(_), _) => Act::Sends(strace::bytes(&call.args)),
+                    (Some(_), _) => Act::Sends(call.data()),
                     (_, Some("ECONNRESET")) => Act::Resets,
                     _ => continue,
                 };

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::record::Recording;
 use super::script::{Act, Done, NO_CLIENT};
-use super::strace::Call;
+use super::strace::{self, Call};
 use crate::sources::Logs;
 
 /// One step of a run, as the page has it.
@@ -476,7 +476,9 @@ impl<'a> Model<'a> {
             "0" if has_task => {
                 "It asks with `epoll_wait` what is ready, and does not wait: a task is to be polled."
             }
-            "-1" | "NULL" => "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
+            "-1" | "NULL" => {
+                "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time."
+            }
             _ => "Nothing is ready. It waits in `epoll_wait`, until a timer is due.",
         };
         Some(say.to_owned())
@@ -634,7 +636,7 @@ impl<'a> Model<'a> {
     }
 
     fn reads(&mut self, call: &Call, kind: Kind, log: &str) -> Option<String> {
-        let bytes = super::strace::bytes(&call.args);
+        let bytes = call.data();
         match kind {
             Kind::Bell { .. } => {
                 self.fds.insert(call.fd(), Kind::Bell { rings: 0 });
@@ -675,7 +677,11 @@ impl<'a> Model<'a> {
     }
 
     fn writes(&mut self, call: &Call, kind: Kind) -> Option<String> {
-        let offered = super::strace::bytes(&call.args);
+        let offered = call.data();
+        let begin_alike = |buffer: &[u8]| {
+            buffer.len() >= offered.len()
+                && buffer.starts_with(&offered[..offered.len().min(strace::MOST)])
+        };
         match kind {
             Kind::Bell { rings } => {
                 self.fds.insert(call.fd(), Kind::Bell { rings: rings + 1 });
@@ -702,10 +708,10 @@ impl<'a> Model<'a> {
                     }
                 };
                 let n = n.min(offered.len());
-                if client.input.starts_with(&offered) {
+                if begin_alike(&client.input) {
                     client.input.drain(..offered.len());
                 }
-                if client.output.starts_with(&offered) {
+                if begin_alike(&client.output) {
                     client.output.drain(..n);
                 } else {
                     client.output = offered[n..].to_vec();
@@ -1087,7 +1093,9 @@ fn shown(bytes: &[u8], as_messages: bool) -> String {
     };
     let mut rest = bytes;
     let mut messages = Vec::new();
-    while let (true, Ok(Some(message))) = (as_messages, message::decode(rest)) {
+    while let (true, Ok(Some(message))) =
+        (as_messages && messages.len() <= 3, message::decode(rest))
+    {
         messages.push(match message.payload.len() {
             n if n > MOST => format!("id {}, {}", message.id, count(n)),
             _ => format!("id {} \"{}\"", message.id, text(message.payload)),
@@ -1107,7 +1115,6 @@ fn shown(bytes: &[u8], as_messages: bool) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::replay::strace;
 
     /// A server of another kind, with one client.
     const REPORT: &str = r#"7 1.0 listen(3, 128) = 0 <0.1>

@@ -12,6 +12,9 @@ use regex::Regex;
 const CALLS: &str = "trace=epoll_create1,?epoll_create,epoll_ctl,?epoll_wait,epoll_pwait,?epoll_pwait2,accept,accept4,\
     fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl";
 
+/// How many bytes strace tells of one read or write.
+pub const MOST: usize = 65_536;
+
 /// One system call.
 #[derive(Clone, Debug)]
 pub struct Call {
@@ -29,7 +32,18 @@ pub struct Call {
 /// A command that runs another one, and records its calls in `report`.
 pub fn command(report: &Path) -> Command {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "--seccomp-bpf", "-ttt", "-T", "-xx", "-s", "65536", "-e", CALLS, "-o"]);
+    strace.args([
+        "-f",
+        "--seccomp-bpf",
+        "-ttt",
+        "-T",
+        "-xx",
+        "-s",
+        &MOST.to_string(),
+        "-e",
+        CALLS,
+        "-o",
+    ]);
     strace.arg(report);
     strace
 }
@@ -100,6 +114,23 @@ pub fn bytes(args: &str) -> Vec<u8> {
 }
 
 impl Call {
+    /// The bytes that it was to write, or has read. Of long ones strace tells the beginning, dots are the rest.
+    pub fn data(&self) -> Vec<u8> {
+        let len = match self.name.as_str() {
+            "write" | "sendto" => self.arg(2).parse().unwrap_or_default(),
+            "writev" | "sendmsg" => {
+                let parts = self.args.split("iov_len=").skip(1);
+                let digits =
+                    parts.filter_map(|part| part.split(|c: char| !c.is_ascii_digit()).next());
+                digits.filter_map(|digits| digits.parse::<usize>().ok()).sum()
+            }
+            _ => usize::try_from(self.number().unwrap_or_default()).unwrap_or_default(),
+        };
+        let mut data = bytes(&self.args);
+        data.resize(len.max(data.len()), b'.');
+        data
+    }
+
     /// The first argument, which nearly always is an fd; -1 if it is no number.
     pub fn fd(&self) -> i64 {
         self.arg(0).parse().unwrap_or(-1)
