@@ -322,6 +322,11 @@ impl<'a> Model<'a> {
             "The kernel keeps it, although the server has not accepted the connection yet."
         };
         let mut actor = name.to_string();
+        // It has read all that there was, and now reads what comes.
+        if client.deaf && client.state.ends_with("reads now and then") && done.act != Act::ReadsOn {
+            client.deaf = false;
+            client.state = client.state.replace(", reads now and then", "");
+        }
         let say = match &done.act {
             Act::Connects | Act::ConnectsSmall => {
                 client.port = done.port;
@@ -338,7 +343,8 @@ impl<'a> Model<'a> {
             }
             Act::ShutsDown => {
                 client.fin = true;
-                client.state = "has sent its FIN, and still reads".to_owned();
+                let reads = if client.deaf { "reads nothing" } else { "still reads" };
+                client.state = format!("has sent its FIN, and {reads}");
                 format!("{name} shuts down its side: the kernel sends a FIN. It can still receive.")
             }
             Act::Closes => {
