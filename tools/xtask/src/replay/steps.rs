@@ -348,9 +348,10 @@ impl<'a> Model<'a> {
                 format!("{name} shuts down its side: the kernel sends a FIN. It can still receive.")
             }
             Act::Closes => {
+                let fin = if client.fin { "." } else { ": the kernel sends a FIN." };
                 client.fin = true;
                 client.state = "has closed".to_owned();
-                format!("{name} closes its connection: the kernel sends a FIN.")
+                format!("{name} closes its connection{fin}")
             }
             Act::Resets => {
                 (client.rst, client.fin) = (true, false);
@@ -664,6 +665,11 @@ impl<'a> Model<'a> {
                 client.unread.drain(..n.min(client.unread.len()));
                 if log.ends_with("discarded") {
                     return Some(match n {
+                        0 if !client.output.is_empty() => {
+                            format!(
+                                "`read`: 0 bytes. {name} has sent its FIN, and is still owed output."
+                            )
+                        }
                         0 => format!(
                             "`read`: 0 bytes. {name} has ended its side too, so nothing can get lost."
                         ),
