@@ -412,8 +412,15 @@ impl<'a> Model<'a> {
             self.log(&event.call.thread, level, line)
         } else {
             let say = self.returns(event.call, event.log.as_ref().map_or("", |log| &log.1));
-            if let (Some(_), Some((level, line))) = (&say, &event.log) {
-                self.is_in(&event.call.thread, level, line);
+            match (&say, &event.log) {
+                (Some(_), Some((level, line))) => self.is_in(&event.call.thread, level, line),
+                // It is where it was, or in another function: the log does not tell.
+                (Some(_), None) if !is_wait(event.call) => {
+                    let thread = self.thread(&event.call.thread);
+                    thread.stack.truncate(thread.base);
+                    thread.at = None;
+                }
+                _ => {}
             }
             say
         };
@@ -453,8 +460,13 @@ impl<'a> Model<'a> {
                 Some(Kind::Conn(name)) => format!("until {name} sends something"),
                 _ => return None,
             };
-            let name = if call.name.starts_with("accept") { "accept" } else { "read" };
+            // It is in the function that logs what comes of it.
+            let (name, level, line) = match call.name.starts_with("accept") {
+                true => ("accept", "INFO", "it: connected"),
+                false => ("read", "TRACE", "read: 0 bytes from fd 0 into it"),
+            };
             self.thread(thread).waits = Some(format!("waits in {name}"));
+            self.is_in(thread, level, line);
             return Some(format!("It calls `{name}`, and waits {what}. It can do nothing else."));
         }
         self.fds.insert(call.fd(), Kind::Epoll);
