@@ -319,7 +319,7 @@ impl Recording {
             let thread = call.thread.as_str();
             let name = call.name.as_str();
             let ready = woken.get(thread).copied().unwrap_or(call.end);
-            if name.starts_with("epoll_") && name.contains("wait") {
+            if name.starts_with("epoll_") && name.contains("wait") || call.is_poll() {
                 woken.insert(thread, call.end - 1e-6);
             } else if name.starts_with("accept") {
                 let Some(fd) = call.number() else { continue };

@@ -3,7 +3,7 @@
 //! The calls tell what the kernel and the server know, the log among them which callback runs and where. What a
 //! client has sent and got follows from its acts, or if it is not ours, from what the server reads and writes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use common::message;
 use serde::Serialize;
@@ -164,7 +164,7 @@ fn events<'a>(calls: &'a [Call], acts: &[Done]) -> Vec<Event<'a>> {
     for (n, call) in calls.iter().enumerate() {
         let blocks = acts.iter().any(|act| call.start < act.time && act.time < call.end);
         let is_wait = call.name.starts_with("epoll_") && call.name.contains("wait");
-        if is_wait || blocks && call.log_line().is_none() {
+        if is_wait || call.is_poll() || blocks && call.log_line().is_none() {
             order.push((call.start, true, n));
         }
         if call.result.is_some() {
@@ -247,7 +247,12 @@ impl<'a> Model<'a> {
         let lines: Vec<(String, String)> =
             recording.calls.iter().filter_map(Call::log_line).collect();
         let mut threads = BTreeMap::from([("main".to_owned(), Thread::default())]);
-        for call in recording.calls.iter().filter(|call| is_wait(call)) {
+        let accepts = recording.calls.iter().filter(|call| call.name.starts_with("accept"));
+        let accepted: BTreeSet<i64> = accepts.filter_map(Call::number).collect();
+        let serves = |call: &&Call| {
+            is_wait(call) || call.name.starts_with("accept") || accepted.contains(&call.fd())
+        };
+        for call in recording.calls.iter().filter(serves) {
             threads.insert(call.thread.clone(), Thread::default());
         }
         let state = || "not connected".to_owned();
@@ -398,7 +403,7 @@ impl<'a> Model<'a> {
 
     fn event(&mut self, event: &Event) {
         if !self.threads.contains_key(&event.call.thread) {
-            // A thread without a loop, which writes the log or standard output.
+            // A thread without clients, which writes the log or standard output.
             return;
         }
         if let Some((level, line)) = &event.log {
@@ -454,6 +459,10 @@ impl<'a> Model<'a> {
     fn begins(&mut self, call: &Call) -> Option<String> {
         let thread = &call.thread;
         let is_first = self.thread(thread).waits.is_none();
+        if call.is_poll() {
+            self.thread(thread).waits = Some(format!("waits in {}", call.name));
+            return Some(format!("It waits in `{}` until one of its fds is ready.", call.name));
+        }
         if !is_wait(call) {
             let what = match self.fds.get(&call.fd()) {
                 Some(Kind::Listener) => "until a client connects".to_owned(),
@@ -462,7 +471,7 @@ impl<'a> Model<'a> {
             };
             // It is in the function that logs what comes of it.
             let (name, level, line) = match call.name.starts_with("accept") {
-                true => ("accept", "INFO", "it: connected"),
+                true => ("accept", "DEBUG", "it: connected"),
                 false => ("read", "TRACE", "read: 0 bytes from fd 0 into it"),
             };
             self.thread(thread).waits = Some(format!("waits in {name}"));
@@ -517,6 +526,10 @@ impl<'a> Model<'a> {
                 return self.accepts(call);
             }
             name if is_wait(call) => return self.wakes(call, name),
+            name if call.is_poll() => {
+                self.runs(&thread);
+                return Some(format!("`{name}` returns: fds that are ready: {}.", call.number()?));
+            }
             "shutdown" => {
                 let Some(Kind::Conn(name)) = kind else { return None };
                 self.client_sees_the_end(name);
