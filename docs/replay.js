@@ -134,8 +134,8 @@ class Run {
     lines = new Map();
     sentence = make("p");
 
-    constructor({ title, program, sources, start, ...rest }) {
-        Object.assign(this, { title, start, rest });
+    constructor({ title, program, sources, start, at, ...rest }) {
+        Object.assign(this, { title, start, at, rest });
         const paths = pathsOf(rest);
         this.source = make("div", "source", ...sources.map((piece, index) => this.drawSource(piece, index)));
         this.source.tabIndex = 0;
@@ -169,7 +169,7 @@ class Run {
             if (states.every(state => pick(state) === undefined)) continue;
             const place = new Place(draw);
             for (const state of states) place.view(pick(state));
-            const label = { all: "", state: "", doing: "", table: "table of interest" }[name] ?? name;
+            const label = { all: "", state: "", doing: "", table: "interest list" }[name] ?? name;
             lane.append(make("div", `part ${name}`, ...(label ? [make("h5", "", label)] : []), place.root));
             this.parts.push({ place, pick });
         }
@@ -204,11 +204,12 @@ class Run {
         const step = this.path[n - 1];
         const [state, before] = [this.states[n], this.states[waits || n === 0 ? n : n - 1]];
         for (const { place, pick } of this.parts) place.show(pick(state), pick(before));
-        this.sentence.replaceChildren(...this.say(step), make("i", "", waits ? " (waiting)" : ""));
+        this.sentence.replaceChildren(...this.say(step), make("i", "", waits ? " (paused)" : ""));
         // A step without a line leaves the server where it was.
-        const lit = this.lines.get(`${this.path.slice(0, n).findLast(({ at }) => at)?.at}`);
+        const { at } = this.path.slice(0, n).findLast(({ at }) => at) ?? this;
+        const lit = this.lines.get(`${at}`);
         for (const line of this.lines.values())
-            line.className = line !== lit ? "line" : step.at && !waits ? "line lit" : "line lit past";
+            line.className = line !== lit ? "line" : step?.at && !waits ? "line lit" : "line lit past";
         if (!lit) return;
         // Scrolls the pane, never the page, and only if the line is not well inside.
         const pane = this.source.getBoundingClientRect();

@@ -178,6 +178,14 @@ impl Sources {
 }
 
 impl Logs {
+    /// The nearest line above `at`, as [`find`](Self::find) returns it, in which `text` occurs.
+    pub fn line_before(&self, at: (usize, usize), text: &str) -> (usize, usize) {
+        let piece = &self.pieces[at.0];
+        let before = piece.lines.iter().take(at.1 - piece.first);
+        let found = before.enumerate().rfind(|(_, line)| line.contains(text));
+        (at.0, found.map_or(at.1, |(n, _)| piece.first + n))
+    }
+
     /// Whether nothing is known of the program.
     pub fn is_empty(&self) -> bool {
         self.patterns.is_empty()

@@ -52,7 +52,7 @@ pub struct Client {
     pub got: Vec<u8>,
     /// Sent, and not read by the server yet.
     pub unread: VecDeque<u8>,
-    /// Whether it reads only when it says so. What the kernel holds for it until then.
+    /// Whether it reads nothing. What the kernel holds for it.
     pub deaf: bool,
     pub held: Vec<u8>,
     /// Whether the server's last write found no room for all of it.
@@ -93,13 +93,14 @@ impl Client {
     fn state(&self) -> &'static str {
         match self {
             Self { connected: false, .. } => "not connected",
-            Self { rst: true, .. } => "has reset the connection",
+            Self { rst: true, .. } => "has reset it",
             Self { closed: true, .. } => "has closed",
-            Self { fin: true, server_fin: true, .. } => "both sides have ended",
-            Self { fin: true, .. } => "has sent its FIN, and still reads",
-            Self { server_fin: true, .. } => "has got the server's FIN",
-            Self { deaf: true, got, .. } if got.is_empty() => "connected, reads nothing",
-            Self { deaf: true, .. } => "connected, reads now and then",
+            Self { server_fin: true, held, .. } if held.is_empty() => match self.fin {
+                true => "both have ended",
+                false => "has got the FIN",
+            },
+            Self { fin: true, .. } => "has sent its FIN",
+            Self { deaf: true, .. } => "reads nothing",
             _ => "connected",
         }
     }
@@ -131,7 +132,9 @@ impl Thread {
         let mut value = json!({ "doing": self.waits.as_deref().unwrap_or("runs") });
         if let Some(rows) = self.epoll.and_then(|epoll| model.tables.get(&epoll)) {
             let rows = rows.iter().map(|row| {
-                let mut value = json!({ "fd": row.fd, "who": model.who(row.fd), "for": row.flags });
+                let is_bell = matches!(model.fds.get(&row.fd), Some(Kind::Bell { .. }));
+                let who = if is_bell { "its bell".to_owned() } else { model.who(row.fd) };
+                let mut value = json!({ "fd": row.fd, "who": who, "for": row.flags });
                 if model.has_slots {
                     value["slot"] = (row.data & 0xffff_ffff).into();
                     value["generation"] = (row.data >> 32).into();
@@ -178,7 +181,7 @@ impl Model {
             Some(Kind::Conn(name)) => name.to_string(),
             Some(Kind::Bell { .. }) => match self.owner(fd) {
                 Some(_) if self.threads.len() == 1 => "the bell".to_owned(),
-                Some(thread) => format!("the bell of {thread}"),
+                Some(thread) => format!("a bell of {thread}"),
                 None => "an eventfd".to_owned(),
             },
             Some(Kind::Signals) => "signals".to_owned(),
@@ -270,6 +273,15 @@ impl Model {
         let kernel = kernel.filter(|(_, what)| !what.is_empty());
         let kernel =
             kernel.map(|(fd, what)| json!({ "fd": fd, "who": self.who(*fd), "what": what }));
+        // What is closed may still hold bytes.
+        let is_open = |name| self.fds.values().any(|kind| *kind == Kind::Conn(name));
+        let closed =
+            self.clients.iter().filter(|(name, it)| !it.held.is_empty() && !is_open(**name));
+        let closed = closed.map(|(name, client)| {
+            let what = [format!("{}, then a FIN", count(client.held.len()))];
+            json!({ "fd": "–", "who": name.to_string(), "what": what })
+        });
+        let kernel = kernel.chain(closed);
         state.insert("kernel".to_owned(), kernel.collect());
         for (name, thread) in &self.threads {
             state.insert(format!("thread {name}"), thread.value(self));
@@ -327,7 +339,9 @@ pub fn shown(bytes: &[u8], as_messages: bool) -> String {
     };
     let mut rest = bytes;
     let mut messages = Vec::new();
-    while let (true, Ok(Some(message))) = (as_messages, message::decode(rest)) {
+    while let (true, Ok(Some(message))) =
+        (as_messages && messages.len() <= 3, message::decode(rest))
+    {
         messages.push(match message.payload.len() {
             n if n > MOST => format!("id {}, {}", message.id, count(n)),
             _ => format!("id {} \"{}\"", message.id, text(message.payload)),

@@ -319,11 +319,12 @@ impl Recording {
             let thread = call.thread.as_str();
             let name = call.name.as_str();
             let ready = woken.get(thread).copied().unwrap_or(call.end);
-            if call.is_wait() {
+            if call.is_wait() || call.is_poll() {
                 woken.insert(thread, call.end - 1e-6);
             } else if name.starts_with("accept") {
-                let (Some(fd), Some(port)) = (call.number(), call.port()) else { continue };
-                let client = names.next().unwrap_or('A');
+                let Some(fd) = call.number() else { continue };
+                // Many servers do not ask for the address.
+                let (client, port) = (names.next().unwrap_or('A'), call.port().unwrap_or(0));
                 clients.insert(fd, (client, port));
                 let time = ready.min(call.end - 1e-6);
                 acts.push(Done { time, client, port, act: Act::Connects });
@@ -331,7 +332,7 @@ impl Recording {
                 let Some((client, port)) = clients.get(&call.fd()).copied() else { continue };
                 let act = match (call.number(), call.error()) {
                     (Some(0), _) => Act::ShutsDown,
-                    (Some(_), _) => Act::Sends(strace::bytes(&call.args)),
+                    (Some(_), _) => Act::Sends(call.data()),
                     (_, Some("ECONNRESET")) => Act::Resets,
                     _ => continue,
                 };

@@ -3,7 +3,7 @@
 //! The calls tell what the kernel and the server know, the log among them which callback runs and where. What a
 //! client has sent and got follows from its acts, or if it is not ours, from what the server reads and writes.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use common::message;
 use serde::Serialize;
@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::model::{Client, Kind, Model, Ready, Row, Thread, changes, count, digits, shown};
 use super::record::Recording;
 use super::script::{Act, Done, NO_CLIENT};
-use super::strace::{Call, bytes};
+use super::strace::{self, Call};
 use crate::sources::Logs;
 
 /// One step of a run, as the page has it.
@@ -33,8 +33,9 @@ pub struct Step {
 
 /// What became of a recording.
 pub struct Outcome {
-    /// The state before the first act.
+    /// The state before the first act, and where in the sources the main thread is then.
     pub start: Map<String, Value>,
+    pub at: Option<(usize, usize)>,
     /// What came after it.
     pub steps: Vec<Step>,
     /// The server's log, in the same order.
@@ -45,6 +46,8 @@ pub struct Outcome {
 struct Event<'a> {
     call: &'a Call,
     kind: What,
+    /// Whether an act comes before it returns, or it doesn't.
+    blocks: bool,
     /// The line of the log that describes the call, or is the call: level and text.
     line: Option<(String, String)>,
 }
@@ -78,12 +81,12 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
     for event in events(&recording.calls, acts) {
         let time = if event.kind == What::Begins { event.call.start } else { event.call.end };
         let beat = acts.iter().filter(|act| act.time < time).count();
-        // A thread without a loop writes the log or standard output.
+        // A thread without clients writes the log or standard output.
         if story.model.threads.contains_key(&event.call.thread) {
             beats[beat].entry(&event.call.thread).or_default().push_back(event);
         }
     }
-    let mut start = Map::new();
+    let (mut start, mut at) = (Map::new(), None);
     for (beat, queues) in beats.into_iter().enumerate() {
         story.beat = beat;
         if beat > 0 {
@@ -96,11 +99,12 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
                 *thread = Thread { waits: thread.waits.take(), ..Thread::default() };
             }
             start = story.model.snapshot();
+            at = story.model.thread("main").at;
             story.last.clone_from(&start);
             story.steps.clear();
         }
     }
-    Outcome { start, steps: without_repetitions(story.steps), log: story.log }
+    Outcome { start, at, steps: without_repetitions(story.steps), log: story.log }
 }
 
 /// The calls as events, each with the line of the log that describes it.
@@ -108,13 +112,14 @@ fn events<'a>(calls: &'a [Call], acts: &[Done]) -> Vec<Event<'a>> {
     let mut order: Vec<(f64, Event)> = Vec::new();
     for call in calls {
         let line = call.log_line();
-        let blocks = acts.iter().any(|act| call.start < act.time && act.time < call.end);
-        if call.is_wait() || blocks && line.is_none() {
-            order.push((call.start, Event { call, kind: What::Begins, line: None }));
+        let is_during = |act: &Done| call.start < act.time && act.time < call.end;
+        let blocks = call.result.is_none() || acts.iter().any(is_during);
+        if call.is_wait() || call.is_poll() || blocks && line.is_none() {
+            order.push((call.start, Event { call, kind: What::Begins, blocks, line: None }));
         }
         if call.result.is_some() {
             let kind = if line.is_some() { What::Logs } else { What::Returns };
-            order.push((call.end, Event { call, kind, line }));
+            order.push((call.end, Event { call, kind, blocks, line }));
         }
     }
     order.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -168,7 +173,7 @@ fn without_parts(steps: Vec<Step>, begins: impl Fn(&Step) -> bool) -> Vec<Step> 
     let say = |step: &Step| step.say.replace(|c: char| c.is_ascii_digit() || c == ',', "");
     let says: Vec<Vec<String>> = parts.iter().map(|part| part.iter().map(say).collect()).collect();
     let mut kept: Vec<Step> = Vec::new();
-    let mut skipped = false;
+    let mut skipped = 0;
     for (n, mut part) in parts.into_iter().enumerate() {
         // How often a timer is due that changes nothing is a matter of time.
         let is_timer = part.first().is_some_and(|step| step.say.ends_with("without an event."));
@@ -176,11 +181,14 @@ fn without_parts(steps: Vec<Step>, begins: impl Fn(&Step) -> bool) -> Vec<Step> 
             continue;
         }
         if n > 0 && says[n - 1] == says[n] && says.get(n + 1) == Some(&says[n]) {
-            skipped = true;
+            skipped += 1;
             continue;
         }
-        if std::mem::take(&mut skipped) {
-            part[0].say = format!("This goes on for a while, until: {}", part[0].say);
+        if skipped > 0 {
+            let times =
+                if skipped == 1 { "once more".to_owned() } else { format!("{skipped} more times") };
+            part[0].say = format!("The same happens {times}. Then: {}", part[0].say);
+            skipped = 0;
         }
         kept.extend(part);
     }
@@ -191,8 +199,13 @@ impl<'a> Story<'a> {
     fn new(logs: &'a mut Logs, recording: &Recording) -> Self {
         let is_message =
             |call: &Call| call.log_line().is_some_and(|(_, line)| line.starts_with("message: "));
-        let waits = recording.calls.iter().filter(|call| call.is_wait());
-        let threads = waits.map(|call| &*call.thread).chain(["main"]);
+        let calls = &recording.calls;
+        let accepts = calls.iter().filter(|call| call.name.starts_with("accept"));
+        let accepted: BTreeSet<i64> = accepts.filter_map(Call::number).collect();
+        let serves = |call: &&Call| {
+            call.is_wait() || call.name.starts_with("accept") || accepted.contains(&call.fd())
+        };
+        let threads = calls.iter().filter(serves).map(|call| &*call.thread).chain(["main"]);
         let model = Model {
             clients: recording.clients.iter().map(|name| (*name, Client::default())).collect(),
             threads: threads.map(|name| (name.to_owned(), Thread::default())).collect(),
@@ -247,6 +260,10 @@ impl<'a> Story<'a> {
         let name = done.client;
         let messages = self.model.has_messages;
         let client = self.model.client(name);
+        if !client.got.is_empty() && client.held.is_empty() {
+            // It has read all that there was, and now reads what comes.
+            client.deaf = false;
+        }
         let say = match &done.act {
             Act::Connects | Act::ConnectsSmall => {
                 (client.connected, client.port) = (true, done.port);
@@ -267,13 +284,14 @@ impl<'a> Story<'a> {
             }
             Act::ShutsDown => {
                 client.fin = true;
-                format!("{name} shuts down its side: the kernel sends a FIN. It can still receive.")
+                format!("{name} shuts down its side: the kernel sends a FIN. {name} can still receive.")
             }
-            Act::Closes => {
+                        Act::Closes => {
+                let fin = if client.fin { "" } else { ": the kernel sends a FIN" };
                 (client.fin, client.closed) = (true, true);
-                format!("{name} closes its connection: the kernel sends a FIN.")
+                format!("{name} closes its connection{fin}.")
             }
-            Act::Resets => {
+Act::Resets => {
                 (client.rst, client.error, client.fin) = (true, true, false);
                 client.unread.clear();
                 format!("{name} resets its connection: an RST. What the server has not read is lost.")
@@ -282,13 +300,15 @@ impl<'a> Story<'a> {
                 client.deaf = true;
                 format!("From now on {name} reads nothing. What the server writes stays in the kernel.")
             }
-            Act::ReadsOn => {
+                        Act::ReadsOn => {
                 client.full = false;
-                let n = client.held.len();
+                let n = count(client.held.len());
                 client.got.append(&mut client.held);
-                format!("{name} reads {}, all that the kernel has for it. There is room again.", count(n))
+                let then = if client.server_fin { ", and the end" } else { "" };
+                let room = if client.server_fin { "" } else { " There is room again." };
+                format!("{name} reads {n}, all that the kernel has for it{then}.{room}")
             }
-            Act::ServerStops => {
+Act::ServerStops => {
                 "The server is held up for a moment, with SIGSTOP, so that more can happen before its next step."
                     .to_owned()
             }
@@ -306,12 +326,19 @@ impl<'a> Story<'a> {
             self.log += &format!("{level} {line}\n");
         }
         let say = match (&event.kind, &event.line) {
-            (What::Begins, _) => self.begins(event.call),
+            (What::Begins, _) => self.begins(event.call, event.blocks),
             (What::Logs, Some((level, line))) => self.logs(thread, level, line),
             (_, line) => {
                 let say = self.returns(event.call, line.as_ref().map_or("", |line| &line.1));
-                if let (Some(_), Some((level, line))) = (&say, line) {
-                    self.is_in(thread, level, line);
+                match (&say, line) {
+                    (Some(_), Some((level, line))) => self.is_in(thread, level, line),
+                    // The log does not tell where it is.
+                    (Some(_), None) if !event.call.is_wait() => {
+                        let thread = self.model.thread(thread);
+                        thread.stack.truncate(thread.base);
+                        thread.at = None;
+                    }
+                    _ => {}
                 }
                 say
             }
@@ -343,21 +370,38 @@ impl<'a> Story<'a> {
         state.base = state.stack.len();
     }
 
-    fn begins(&mut self, call: &Call) -> Option<String> {
-        let fd = call.fd();
-        let what = match self.model.fds.get(&fd) {
-            _ if call.is_wait() => return self.waits(call),
+    /// The thread is at the call of which `line` tells what came of it: the nearest line above with `call`.
+    fn is_before(&mut self, thread: &str, level: &str, line: &str, call: &str) {
+        self.is_in(thread, level, line);
+        let thread = self.model.thread(thread);
+        thread.at = thread.at.map(|at| self.logs.line_before(at, call));
+    }
+
+    fn begins(&mut self, call: &Call, blocks: bool) -> Option<String> {
+        let (thread, name) = (&*call.thread, &*call.name);
+        if call.is_poll() {
+            self.model.thread(thread).waits = Some(format!("waits in {name}"));
+            return Some(format!("It waits in `{name}` until one of its fds is ready."));
+        }
+        let what = match self.model.fds.get(&call.fd()) {
+            _ if call.is_wait() => return self.waits(call, blocks),
             Some(Kind::Listener) => "until a client connects".to_owned(),
             Some(Kind::Conn(name)) => format!("until {name} sends something"),
             _ => return None,
         };
-        let name = if call.name.starts_with("accept") { "accept" } else { "read" };
-        self.model.thread(&call.thread).waits = Some(format!("waits in {name}"));
+        let name = if name.starts_with("accept") {
+            self.is_before(thread, "DEBUG", "it: connected", "accept");
+            "accept"
+        } else {
+            self.is_before(thread, "TRACE", "read: 0 bytes from fd 0 into it", "read(");
+            "read"
+        };
+        self.model.thread(thread).waits = Some(format!("waits in {name}"));
         Some(format!("It calls `{name}`, and waits {what}. It can do nothing else."))
     }
 
     /// epoll_wait begins.
-    fn waits(&mut self, call: &Call) -> Option<String> {
+    fn waits(&mut self, call: &Call, blocks: bool) -> Option<String> {
         let (epoll, thread) = (call.fd(), self.model.thread(&call.thread));
         let tasks = std::mem::take(&mut thread.tasks).into_iter();
         let tasks =
@@ -370,21 +414,26 @@ impl<'a> Story<'a> {
             ..Thread::default()
         };
         let has_task = thread.tasks.values().any(|state| *state == "woken");
-        self.is_in(&call.thread, "TRACE", "epoll_wait: 1 ready");
+        self.is_before(&call.thread, "TRACE", "epoll_wait: 1 ready", "wait(");
         if was_waiting {
             // A signal has interrupted it.
             return None;
         }
-        let timeout = call.args.rsplit(", ").next().filter(|_| call.result.is_some());
-        let say = match timeout.unwrap_or("-1") {
-            _ if self.model.is_ready(epoll) => {
+        // epoll_pwait has more arguments after it.
+        let after = call.args.split_once("], ").filter(|_| call.result.is_some());
+        let timeout = after.and_then(|(_, rest)| rest.split(", ").nth(1));
+        let say = match timeout {
+            _ if !blocks && self.model.is_ready(epoll) => {
                 "It asks with `epoll_wait` what is ready. Something is."
             }
-            "0" if has_task => {
+            Some("0") if has_task => {
                 "It asks with `epoll_wait` what is ready, and does not wait: a task is to be polled."
             }
-            "-1" => "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
-            _ => "Nothing is ready. It waits in `epoll_wait`, until a timer is due.",
+            // How long a wait would have been that has not ended is not known.
+            None | Some("-1" | "NULL") => {
+                "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time."
+            }
+            Some(_) => "Nothing is ready. It waits in `epoll_wait`, until a timer is due.",
         };
         Some(say.to_owned())
     }
@@ -392,6 +441,14 @@ impl<'a> Story<'a> {
     fn returns(&mut self, call: &Call, line: &str) -> Option<String> {
         if call.is_wait() {
             return self.wakes(call);
+        }
+        if call.is_poll() {
+            self.model.thread(&call.thread).waits = None;
+            return Some(format!(
+                "`{}` returns: fds that are ready: {}.",
+                call.name,
+                call.number()?
+            ));
         }
         let fd = call.fd();
         self.model.thread(&call.thread).waits = None;
@@ -418,10 +475,17 @@ impl<'a> Story<'a> {
                 self.model.tables.values_mut().for_each(|rows| rows.retain(|row| row.fd != fd));
                 let Kind::Conn(name) = kind else { return None };
                 let client = self.model.client(name);
+                let kernel = match (client.rst || client.server_fin, client.held.is_empty()) {
+                    (true, _) => "",
+                    (false, true) => " The kernel sends a FIN.",
+                    (false, false) => " The kernel sends what it still holds, and then a FIN.",
+                };
                 client.server_fin = true;
                 client.input.clear();
                 client.output.clear();
-                Some(format!("It closes fd {fd}. The number is free for the next connection."))
+                Some(format!(
+                    "It closes fd {fd}.{kernel} The number is free for the next connection."
+                ))
             }
             ("read" | "recvfrom" | "readv" | "recvmsg", Kind::Bell { .. }) => {
                 self.model.fds.insert(fd, Kind::Bell { rings: 0 });
@@ -471,9 +535,7 @@ impl<'a> Story<'a> {
         let rows = self.model.tables.entry(epoll).or_default();
         if call.arg(1) == "EPOLL_CTL_DEL" {
             rows.retain(|row| row.fd != fd);
-            return Some(format!(
-                "`epoll_ctl` takes fd {fd} ({who}) out of the table of interest."
-            ));
+            return Some(format!("`epoll_ctl` takes fd {fd} ({who}) out of the interest list."));
         }
         let (flags, data) = call.events().into_iter().next()?;
         let flags = if flags == "0" { "nothing".to_owned() } else { flags };
@@ -493,7 +555,7 @@ impl<'a> Story<'a> {
             ));
         }
         let mut say =
-            format!("`epoll_ctl` puts fd {fd} ({who}) into the table of interest: {flags}");
+            format!("`epoll_ctl` puts fd {fd} ({who}) into the interest list, watched for {flags}");
         rows.push(Row { fd, flags, data });
         if self.model.has_slots {
             say += &format!(", in slot {}, generation {}", data & 0xffff_ffff, data >> 32);
@@ -518,9 +580,13 @@ impl<'a> Story<'a> {
                 ));
             }
         }
-        let (fd, port) = (call.number()?, call.port()?);
-        let (name, client) =
-            self.model.clients.iter_mut().find(|(_, client)| client.port == port)?;
+        let fd = call.number()?;
+        // Without an address it is the one that has waited longest.
+        let is_it = |client: &Client| match call.port() {
+            Some(port) => client.port == port,
+            None => client.connected && !client.accepted,
+        };
+        let (name, client) = self.model.clients.iter_mut().find(|(_, client)| is_it(client))?;
         client.accepted = true;
         self.model.fds.insert(fd, Kind::Conn(*name));
         Some(format!("`accept` takes {name}'s connection out of the accept queue: fd {fd}."))
@@ -545,12 +611,16 @@ impl<'a> Story<'a> {
             (0, false) => {
                 format!("`read`: 0 bytes. {name} has sent its FIN, so nothing will follow.")
             }
+            (0, true) if !client.output.is_empty() => {
+                let left = count(client.output.len());
+                format!("`read`: 0 bytes. {name} has sent its FIN, and is still to get {left}.")
+            }
             (0, true) => {
-                format!("`read`: 0 bytes. {name} has ended its side too, so nothing can get lost.")
+                format!("`read`: 0 bytes. {name} has sent its FIN, so no input is unread.")
             }
             (n, true) => format!("`read`: {}, which no longer matters.", count(n)),
             (n, false) => {
-                let bytes = bytes(&call.args);
+                let bytes = call.data();
                 client.input.extend(&bytes[..n.min(bytes.len())]);
                 format!("`read` takes {} out of the kernel.", shown(&bytes, messages))
             }
@@ -558,7 +628,7 @@ impl<'a> Story<'a> {
     }
 
     fn writes(&mut self, call: &Call, name: char) -> Option<String> {
-        let (messages, offered) = (self.model.has_messages, bytes(&call.args));
+        let (messages, offered) = (self.model.has_messages, call.data());
         let client = self.model.client(name);
         if let Some(error) = call.error() {
             client.full = error == "EAGAIN";
@@ -569,10 +639,14 @@ impl<'a> Story<'a> {
         }
         let n = usize::try_from(call.number()?).unwrap_or_default().min(offered.len());
         let (taken, rest) = offered.split_at(n);
-        if client.input.starts_with(&offered) {
+        let begins_alike = |buffer: &[u8]| {
+            let known = &offered[..offered.len().min(strace::MOST)];
+            buffer.len() >= offered.len() && buffer.starts_with(known)
+        };
+        if begins_alike(&client.input) {
             client.input.drain(..offered.len());
         }
-        if client.output.starts_with(&offered) {
+        if begins_alike(&client.output) {
             client.output.drain(..n);
         } else {
             client.output = rest.to_vec();
@@ -683,7 +757,10 @@ impl<'a> Story<'a> {
             "wake" => {
                 ("woken", format!("The waker of task {task} is called: the task is to be polled."))
             }
-            "poll" => ("polled", format!("It polls task {task}, which runs until it has to wait.")),
+            "poll" => (
+                "polled",
+                format!("It polls task {task}, which runs until it has to wait or is done."),
+            ),
             "ready" => ("ready", format!("Task {task} returns Ready: it is done, and removed.")),
             _ => ("ready", format!("Task {task} is removed.")),
         };
@@ -714,7 +791,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::replay::strace;
 
     /// A server of another kind, with one client.
     const REPORT: &str = r#"7 1.0 listen(3, 128) = 0 <0.1>
@@ -744,7 +820,7 @@ mod tests {
              queue.",
             "`epoll_wait` returns one event: fd 3 (the listener) IN.",
             "`accept` takes A's connection out of the accept queue: fd 5.",
-            "`epoll_ctl` puts fd 5 (A) into the table of interest: IN.",
+            "`epoll_ctl` puts fd 5 (A) into the interest list, watched for IN.",
             "Nothing is ready, so it waits in `epoll_wait`. That takes no processor time.",
             "A sends \"hi\". It waits in the kernel until the server reads it.",
             "`epoll_wait` returns one event: fd 5 (A) IN.",
@@ -759,6 +835,10 @@ mod tests {
         assert_eq!(buffers(8), r#"[{"who":"A","in":"","out":"\"i\""}]"#);
         assert_eq!(steps[8].set["client A"], json!({ "got": "\"h\"" }));
         assert_eq!(steps.iter().map(|step| step.beat).collect::<Vec<_>>()[4..6], [1, 2]);
+        // Not every server asks for the address.
+        let report = REPORT.replace("{sa_family=AF_INET, sin_port=htons(99)}, [16]", "NULL, NULL");
+        let recording = Recording::derived(strace::parse(&report).unwrap());
+        assert_eq!(super::steps(&recording, &mut Logs::default()).steps, steps);
     }
 
     #[test]
@@ -774,7 +854,7 @@ mod tests {
         let steps = (1..=4).flat_map(sends).chain([step("A", "leaves")]).collect();
         let steps = without_repetitions(steps);
         let expected =
-            ["sends 1", "reads", "This goes on for a while, until: sends 4", "reads", "leaves"];
+            ["sends 1", "reads", "The same happens 2 more times. Then: sends 4", "reads", "leaves"];
         assert_eq!(says(&steps), expected);
     }
 }

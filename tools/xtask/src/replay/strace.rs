@@ -8,8 +8,12 @@ use anyhow::{Context, Result};
 use regex::Regex;
 
 /// What is recorded. Of the rest of a server's calls, a replay shows nothing.
-const CALLS: &str = "trace=epoll_create1,epoll_create,epoll_ctl,epoll_wait,epoll_pwait,epoll_pwait2,accept,accept4,\
-    fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl";
+/// Those with a question mark some processors do not have, or an older strace does not know.
+const CALLS: &str = "trace=epoll_create1,?epoll_create,epoll_ctl,?epoll_wait,epoll_pwait,?epoll_pwait2,accept,accept4,\
+    ?poll,ppoll,?select,pselect6,fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl";
+
+/// How many bytes strace tells of one read or write.
+pub const MOST: usize = 65_536;
 
 /// One system call.
 #[derive(Clone, Debug)]
@@ -28,7 +32,18 @@ pub struct Call {
 /// A command that runs another one, and records its calls in `report`.
 pub fn command(report: &Path) -> Command {
     let mut strace = Command::new("strace");
-    strace.args(["-f", "--seccomp-bpf", "-ttt", "-T", "-xx", "-s", "65536", "-e", CALLS, "-o"]);
+    strace.args([
+        "-f",
+        "--seccomp-bpf",
+        "-ttt",
+        "-T",
+        "-xx",
+        "-s",
+        &MOST.to_string(),
+        "-e",
+        CALLS,
+        "-o",
+    ]);
     strace.arg(report);
     strace
 }
@@ -70,6 +85,10 @@ pub fn parse(report: &str) -> Result<Vec<Call>> {
         if name == "prctl" && args.starts_with("PR_SET_NAME") {
             names.insert(pid, String::from_utf8_lossy(&bytes(args)).into_owned());
         }
+        if name == "poll" && args.ends_with(", 0") {
+            // The log asks whether there is room for a line.
+            continue;
+        }
         // A call that a signal has ended has no number.
         let result = part(3).parse().ok();
         let returned = if start < time { time } else { start + part(5).parse().unwrap_or(0.0) };
@@ -99,6 +118,28 @@ pub fn bytes(args: &str) -> Vec<u8> {
 }
 
 impl Call {
+    /// The bytes that it was to write, or has read. Of long ones strace tells the beginning, dots are the rest.
+    pub fn data(&self) -> Vec<u8> {
+        let len = match self.name.as_str() {
+            "write" | "sendto" => self.arg(2).parse().unwrap_or_default(),
+            "writev" | "sendmsg" => {
+                let parts = self.args.split("iov_len=").skip(1);
+                let digits =
+                    parts.filter_map(|part| part.split(|c: char| !c.is_ascii_digit()).next());
+                digits.filter_map(|digits| digits.parse::<usize>().ok()).sum()
+            }
+            _ => usize::try_from(self.number().unwrap_or_default()).unwrap_or_default(),
+        };
+        let mut data = bytes(&self.args);
+        data.resize(len.max(data.len()), b'.');
+        data
+    }
+
+    /// Whether it is a wait that gets what to wait for anew each time.
+    pub fn is_poll(&self) -> bool {
+        matches!(&*self.name, "poll" | "ppoll" | "select" | "pselect6")
+    }
+
     /// The first argument, which nearly always is an fd; -1 if it is no number.
     pub fn fd(&self) -> i64 {
         self.arg(0).parse().unwrap_or(-1)
