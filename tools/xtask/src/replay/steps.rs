@@ -97,6 +97,12 @@ struct Event<'a> {
     log: Option<(String, String)>,
 }
 
+impl Event<'_> {
+    fn time(&self) -> f64 {
+        if self.begins { self.call.start } else { self.call.end }
+    }
+}
+
 /// The whole system.
 struct Model<'a> {
     logs: &'a mut Logs,
@@ -106,6 +112,8 @@ struct Model<'a> {
     tables: BTreeMap<i64, Vec<Row>>,
     /// Whether the server sends messages, and so does not echo bytes.
     has_messages: bool,
+    /// Whether threads run in the order in which they really did.
+    in_order: bool,
     last: Map<String, Value>,
     steps: Vec<Step>,
     beat: usize,
@@ -131,8 +139,7 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
     beats.resize_with(acts.len() + 1, BTreeMap::new);
     let beat_at = |time: f64| acts.iter().filter(|act| act.time < time).count();
     for event in events(&recording.calls, acts) {
-        let time = if event.begins { event.call.start } else { event.call.end };
-        let queues = &mut beats[beat_at(time)];
+        let queues = &mut beats[beat_at(event.time())];
         queues.entry(event.call.thread.clone()).or_default().push_back(event);
     }
     let mut start = Map::new();
@@ -264,6 +271,7 @@ impl<'a> Model<'a> {
             fds: BTreeMap::new(),
             tables: BTreeMap::new(),
             has_messages: lines.iter().any(|(_, line)| line.starts_with("message: ")),
+            in_order: recording.is_derived,
             last: Map::new(),
             steps: Vec::new(),
             beat: 0,
@@ -272,8 +280,16 @@ impl<'a> Model<'a> {
     }
 
     /// Runs the threads of one beat, each until it waits for something that has not happened yet. The order in
-    /// which they really ran is a matter of chance.
+    /// which they really ran is a matter of chance, and would differ each time that a script is recorded.
     fn run(&mut self, mut queues: BTreeMap<String, VecDeque<Event>>) {
+        while self.in_order {
+            let next = queues.values_mut().filter(|queue| !queue.is_empty()).min_by(|a, b| {
+                let can_be = self.can_be(&b[0]).cmp(&self.can_be(&a[0]));
+                can_be.then(a[0].time().total_cmp(&b[0].time()))
+            });
+            let Some(event) = next.and_then(VecDeque::pop_front) else { return };
+            self.event(&event);
+        }
         while queues.values().any(|queue| !queue.is_empty()) {
             let mut stuck = true;
             for queue in queues.values_mut() {
@@ -464,6 +480,10 @@ impl<'a> Model<'a> {
             return Some(format!("It waits in `{}` until one of its fds is ready.", call.name));
         }
         if !is_wait(call) {
+            // A non-blocking one that something happens beside.
+            if self.tables.values().flatten().any(|row| row.fd == call.fd()) {
+                return None;
+            }
             let what = match self.fds.get(&call.fd()) {
                 Some(Kind::Listener) => "until a client connects".to_owned(),
                 Some(Kind::Conn(name)) => format!("until {name} sends something"),
@@ -528,7 +548,11 @@ impl<'a> Model<'a> {
             name if is_wait(call) => return self.wakes(call, name),
             name if call.is_poll() => {
                 self.runs(&thread);
-                return Some(format!("`{name}` returns: fds that are ready: {}.", call.number()?));
+                let n = call.number()?;
+                return Some(format!(
+                    "`{name}` returns: {n} fd{} ready.",
+                    if n == 1 { " is" } else { "s are" }
+                ));
             }
             "shutdown" => {
                 let Some(Kind::Conn(name)) = kind else { return None };

@@ -82,6 +82,10 @@ pub fn parse(report: &str) -> Result<Vec<Call>> {
         let Some(parts) = call.captures(&text) else { continue };
         let part = |n| parts.get(n).map_or("", |part| part.as_str());
         let (name, args) = (part(1), part(2));
+        // The course's log waits for room like that.
+        if matches!(name, "poll" | "ppoll") && !args.contains("POLLIN") {
+            continue;
+        }
         if name == "prctl" && args.starts_with("PR_SET_NAME") {
             names.insert(pid, String::from_utf8_lossy(&bytes(args)).into_owned());
         }
