@@ -338,8 +338,8 @@ impl Recording {
                     (_, Some("ECONNRESET")) => Act::Resets,
                     _ => continue,
                 };
-                let is_known = |done: &Done| done.client == client && done.act == Act::ShutsDown;
-                if act == Act::ShutsDown && acts.iter().any(is_known) {
+                let mut its = acts.iter().rev().filter(|done| done.client == client);
+                if act == Act::ShutsDown && its.next().is_some_and(|done| done.act == act) {
                     continue;
                 }
                 // A connection that was just accepted sends after that.

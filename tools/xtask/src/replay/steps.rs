@@ -350,8 +350,9 @@ impl<'a> Model<'a> {
         }
         let say = match &done.act {
             Act::Connects | Act::ConnectsSmall => {
-                client.port = done.port;
-                client.state = "connected".to_owned();
+                // With many clients, names come again.
+                *client =
+                    Client { port: done.port, state: "connected".to_owned(), ..Client::default() };
                 format!(
                     "{name} connects. The kernel completes the handshake by itself, and puts the connection into \
                      the accept queue."
@@ -1150,7 +1151,8 @@ fn shown(bytes: &[u8], as_messages: bool) -> String {
     }
     let text = |bytes: &[u8]| -> String {
         let escaped = bytes.iter().take(MOST).flat_map(|byte| std::ascii::escape_default(*byte));
-        escaped.map(char::from).collect()
+        // In a sentence, backquotes are for code.
+        escaped.map(char::from).collect::<String>().replace('`', "\\x60")
     };
     let mut rest = bytes;
     let mut messages = Vec::new();
