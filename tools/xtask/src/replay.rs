@@ -214,8 +214,17 @@ fn insert(part: &mut Steps, steps: Vec<Step>, labels: &[(usize, String)]) -> Res
     insert(&mut choice.part, rest, later)
 }
 
+/// Fails before a run, rather than after it, if the page cannot be written.
+pub fn ensure_folder(page: &Path) -> Result<()> {
+    let folder = page.parent().filter(|folder| !folder.as_os_str().is_empty());
+    ensure!(folder.is_none_or(Path::is_dir), "{}: there is no such folder", page.display());
+    ensure!(!page.is_dir(), "{} is a folder", page.display());
+    Ok(())
+}
+
 /// Runs a server until it ends, by Ctrl-C for example, and writes what it did to `page`.
 pub fn watch(workspace: &Workspace, command: &[String], page: &Path) -> Result<()> {
+    ensure_folder(page)?;
     let sources = Sources::read(workspace)?;
     let (program, args) = command.split_first().context("no command")?;
     let chapter = workspace.has(&format!("{program}/Cargo.toml")).then_some(program);
@@ -256,6 +265,14 @@ fn write_page(
     page: &Path,
 ) -> Result<()> {
     ensure!(!recording.acts.is_empty(), "no client has connected, so there is nothing to replay");
+    let listens = recording.calls.iter().skip_while(|call| call.name != "listen");
+    let forks = listens.filter(|call| {
+        call.name == "fork" || call.name == "clone" && !call.args.contains("CLONE_VM")
+    });
+    ensure!(
+        forks.count() == 0,
+        "the server forks: a replay shows one process, though many threads"
+    );
     let outcome = steps::steps(&recording, &mut logs);
     let (start, part) = (outcome.start, Steps { steps: outcome.steps, choices: Vec::new() });
     let title = format!("A run of {program}");

@@ -10,7 +10,7 @@ use regex::Regex;
 /// What is recorded. Of the rest of a server's calls, a replay shows nothing.
 /// Those with a question mark some processors do not have, or an older strace does not know.
 const CALLS: &str = "trace=epoll_create1,?epoll_create,epoll_ctl,?epoll_wait,epoll_pwait,?epoll_pwait2,accept,accept4,\
-    ?poll,ppoll,?select,pselect6,fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl";
+    ?poll,ppoll,?select,pselect6,fcntl,dup,socket,read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg,close,shutdown,eventfd2,signalfd4,listen,prctl,?fork,clone";
 
 /// How many bytes strace tells of one read or write.
 pub const MOST: usize = 65_536;
