@@ -305,7 +305,7 @@ pub fn watch(command: &Command, report: &Path) -> Result<Vec<Call>> {
     let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
     ends.into_iter().collect::<SigSet>().thread_block()?;
     child.wait()?;
-    strace::parse(&fs::read_to_string(report)?)
+    strace::parse(&fs::read_to_string(report).context("strace has not run the server")?)
 }
 
 impl Recording {

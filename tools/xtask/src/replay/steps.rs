@@ -516,9 +516,13 @@ impl<'a> Model<'a> {
         }
         let table = self.tables.get(&call.fd());
         let ready = table.is_some_and(|rows| rows.iter().any(|row| !self.ready(row).is_empty()));
-        // epoll_pwait has more arguments after it.
-        let after = call.args.split_once("], ").filter(|_| call.result.is_some());
-        let timeout = after.and_then(|(_, rest)| rest.split(", ").nth(1)).unwrap_or("-1");
+        // It is the second after the events, or after their address; epoll_pwait has more.
+        let after = match call.args.rsplit_once("}], ") {
+            Some((_, after)) => Some(after),
+            None => call.args.splitn(3, ", ").nth(2),
+        };
+        let timeout = after.and_then(|it| it.split(", ").nth(1)).filter(|_| call.result.is_some());
+        let timeout = timeout.unwrap_or("-1");
         let has_task = self.thread(thread).tasks.values().any(|task| *task == "woken");
         let say = match timeout {
             _ if ready => "It asks with `epoll_wait` what is ready. Something is.",
