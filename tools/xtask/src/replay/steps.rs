@@ -112,7 +112,7 @@ struct Model<'a> {
     tables: BTreeMap<i64, Vec<Row>>,
     /// Whether the server sends messages, and so does not echo bytes.
     has_messages: bool,
-    /// Whether threads run in the order in which they really did.
+    /// Whether the clients are not ours, and threads run in the order in which they really did.
     in_order: bool,
     last: Map<String, Value>,
     steps: Vec<Step>,
@@ -362,6 +362,13 @@ impl<'a> Model<'a> {
                 client.sent.extend(bytes);
                 client.unread.extend(bytes);
                 format!("{name} sends {}. {place}", shown(bytes, messages))
+            }
+            Act::ShutsDown if self.in_order => {
+                client.fin = true;
+                client.state = "has sent its FIN".to_owned();
+                format!(
+                    "{name} sends a FIN: it has shut down its side, or closed. The server cannot tell which."
+                )
             }
             Act::ShutsDown => {
                 client.fin = true;
