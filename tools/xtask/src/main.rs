@@ -197,7 +197,8 @@ fn run(task: Task) -> anyhow::Result<()> {
                 }
                 ensure!(watch::build(dir)?, "not graded");
             }
-            if record.is_some() {
+            if let Some(page) = &record {
+                replay::ensure_folder(page)?;
                 grade.record()?;
             }
             let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;

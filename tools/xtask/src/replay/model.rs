@@ -335,7 +335,8 @@ pub fn shown(bytes: &[u8], as_messages: bool) -> String {
     }
     let text = |bytes: &[u8]| -> String {
         let escaped = bytes.iter().take(MOST).flat_map(|byte| std::ascii::escape_default(*byte));
-        escaped.map(char::from).collect()
+        // In a sentence, backquotes are for code.
+        escaped.map(char::from).collect::<String>().replace('`', "\\x60")
     };
     let mut rest = bytes;
     let mut messages = Vec::new();

@@ -47,6 +47,8 @@ pub struct Recording {
     pub calls: Vec<Call>,
     pub acts: Vec<Done>,
     pub clients: BTreeSet<char>,
+    /// Whether the clients are not ours.
+    pub is_derived: bool,
 }
 
 /// Runs the script's server, whose executables are in the folder `bin`, and does `acts`.
@@ -128,7 +130,7 @@ pub fn record(script: &Script, acts: &[(char, Act)], bin: &Path) -> Result<Recor
     let calls = strace::parse(&fs::read_to_string(&report)?)?;
     // What it does when it is ended is another story.
     let calls = calls.into_iter().filter(|call| call.start < end).collect();
-    Ok(Recording { calls, acts: done, clients: script.clients() })
+    Ok(Recording { calls, acts: done, clients: script.clients(), is_derived: false })
 }
 
 /// A client: its connection, and whether it reads what arrives.
@@ -303,7 +305,7 @@ pub fn watch(command: &Command, report: &Path) -> Result<Vec<Call>> {
     let ends = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
     ends.into_iter().collect::<SigSet>().thread_block()?;
     child.wait()?;
-    strace::parse(&fs::read_to_string(report)?)
+    strace::parse(&fs::read_to_string(report).context("strace has not run the server")?)
 }
 
 impl Recording {
@@ -336,8 +338,8 @@ impl Recording {
                     (_, Some("ECONNRESET")) => Act::Resets,
                     _ => continue,
                 };
-                let is_known = |done: &Done| done.client == client && done.act == Act::ShutsDown;
-                if act == Act::ShutsDown && acts.iter().any(is_known) {
+                let mut its = acts.iter().rev().filter(|done| done.client == client);
+                if act == Act::ShutsDown && its.next().is_some_and(|done| done.act == act) {
                     continue;
                 }
                 // A connection that was just accepted sends after that.
@@ -351,6 +353,6 @@ impl Recording {
         }
         acts.sort_by(|a, b| a.time.total_cmp(&b.time));
         let clients = acts.iter().map(|done| done.client).collect();
-        Self { calls, acts, clients }
+        Self { calls, acts, clients, is_derived: true }
     }
 }

@@ -65,6 +65,8 @@ enum What {
 /// What has been told so far.
 struct Story<'a> {
     logs: &'a mut Logs,
+    /// Whether the clients are not ours, and threads run in the order in which they really did.
+    in_order: bool,
     model: Model,
     last: Map<String, Value>,
     steps: Vec<Step>,
@@ -79,8 +81,7 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
     let mut beats: Vec<BTreeMap<&str, VecDeque<Event>>> = Vec::new();
     beats.resize_with(acts.len() + 1, BTreeMap::new);
     for event in events(&recording.calls, acts) {
-        let time = if event.kind == What::Begins { event.call.start } else { event.call.end };
-        let beat = acts.iter().filter(|act| act.time < time).count();
+        let beat = acts.iter().filter(|act| act.time < event.time()).count();
         // A thread without clients writes the log or standard output.
         if story.model.threads.contains_key(&event.call.thread) {
             beats[beat].entry(&event.call.thread).or_default().push_back(event);
@@ -195,6 +196,12 @@ fn without_parts(steps: Vec<Step>, begins: impl Fn(&Step) -> bool) -> Vec<Step> 
     kept
 }
 
+impl Event<'_> {
+    fn time(&self) -> f64 {
+        if self.kind == What::Begins { self.call.start } else { self.call.end }
+    }
+}
+
 impl<'a> Story<'a> {
     fn new(logs: &'a mut Logs, recording: &Recording) -> Self {
         let is_message =
@@ -213,12 +220,21 @@ impl<'a> Story<'a> {
             has_slots: !logs.is_empty(),
             ..Model::default()
         };
-        Self { logs, model, last: Map::new(), steps: Vec::new(), beat: 0, log: String::new() }
+        let (last, in_order) = (Map::new(), recording.is_derived);
+        Self { logs, in_order, model, last, steps: Vec::new(), beat: 0, log: String::new() }
     }
 
     /// Runs the threads of one beat, each until it waits for something that has not happened yet. The order in
-    /// which they really ran is a matter of chance.
+    /// which they really ran is a matter of chance, and would differ each time that a script is recorded.
     fn run(&mut self, mut queues: BTreeMap<&str, VecDeque<Event>>) {
+        while self.in_order {
+            let next = queues.values_mut().filter(|queue| !queue.is_empty()).min_by(|a, b| {
+                let can_be = self.can_be(&b[0]).cmp(&self.can_be(&a[0]));
+                can_be.then(a[0].time().total_cmp(&b[0].time()))
+            });
+            let Some(event) = next.and_then(VecDeque::pop_front) else { return };
+            self.event(&event);
+        }
         while queues.values().any(|queue| !queue.is_empty()) {
             let mut stuck = true;
             for queue in queues.values_mut() {
@@ -266,7 +282,8 @@ impl<'a> Story<'a> {
         }
         let say = match &done.act {
             Act::Connects | Act::ConnectsSmall => {
-                (client.connected, client.port) = (true, done.port);
+                // With many clients, names come again.
+                *client = Client { connected: true, port: done.port, ..Client::default() };
                 format!(
                     "{name} connects. The kernel completes the handshake by itself, and puts the connection into \
                      the accept queue."
@@ -281,6 +298,10 @@ impl<'a> Story<'a> {
                     "The kernel keeps it, although the server has not accepted the connection yet."
                 };
                 format!("{name} sends {}. {place}", shown(bytes, messages))
+            }
+            Act::ShutsDown if self.in_order => {
+                client.fin = true;
+                format!("{name} sends a FIN: it has shut down its side, or closed. The server cannot tell which.")
             }
             Act::ShutsDown => {
                 client.fin = true;
@@ -385,6 +406,8 @@ Act::ServerStops => {
         }
         let what = match self.model.fds.get(&call.fd()) {
             _ if call.is_wait() => return self.waits(call, blocks),
+            // A non-blocking one that something happens beside.
+            _ if self.model.owner(call.fd()).is_some() => return None,
             Some(Kind::Listener) => "until a client connects".to_owned(),
             Some(Kind::Conn(name)) => format!("until {name} sends something"),
             _ => return None,
@@ -419,9 +442,12 @@ Act::ServerStops => {
             // A signal has interrupted it.
             return None;
         }
-        // epoll_pwait has more arguments after it.
-        let after = call.args.split_once("], ").filter(|_| call.result.is_some());
-        let timeout = after.and_then(|(_, rest)| rest.split(", ").nth(1));
+        // It is the second after the events, or after their address; epoll_pwait has more.
+        let after = match call.args.rsplit_once("}], ") {
+            Some((_, after)) => Some(after),
+            None => call.args.splitn(3, ", ").nth(2),
+        };
+        let timeout = after.and_then(|it| it.split(", ").nth(1)).filter(|_| call.result.is_some());
         let say = match timeout {
             _ if !blocks && self.model.is_ready(epoll) => {
                 "It asks with `epoll_wait` what is ready. Something is."
@@ -444,10 +470,10 @@ Act::ServerStops => {
         }
         if call.is_poll() {
             self.model.thread(&call.thread).waits = None;
+            let (name, n) = (&call.name, call.number()?);
             return Some(format!(
-                "`{}` returns: fds that are ready: {}.",
-                call.name,
-                call.number()?
+                "`{name}` returns: {n} fd{} ready.",
+                if n == 1 { " is" } else { "s are" }
             ));
         }
         let fd = call.fd();
