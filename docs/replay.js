@@ -41,6 +41,11 @@ const bytes = (key, text) => fact(key, text || "–", text ? "fact bytes" : "fac
 // How to draw the parts of a lane, by the first word of its key in the state; `all` is the lane as a whole.
 const LANES = {
     client: { state: it => fact("", it), sent: it => bytes("", it), got: it => bytes("", it) },
+    clients: {
+        all: rows => makeTable(["who", "state", "sent", "got"], rows.map(it => [
+            it.who, fact(it.who, it.state), bytes(`${it.who} sent`, it.sent), bytes(`${it.who} got`, it.got),
+        ])),
+    },
     kernel: {
         all: rows => makeTable(["fd", "who", "ready"], rows.map(({ fd, who, what }) =>
             [fact("fd", fd), fact(fd, who), what.map(it => fact(`${fd} ${who}`, it))])),

@@ -10,6 +10,7 @@ mod steps;
 mod strace;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
@@ -293,6 +294,8 @@ fn write_page(
     program: &str,
     page: &Path,
 ) -> Result<()> {
+    let listens = recording.calls.iter().any(|call| call.name == "listen");
+    ensure!(listens, "the server has not listened, so there is nothing to replay");
     ensure!(!recording.acts.is_empty(), "no client has connected, so there is nothing to replay");
     let mut served = recording.calls.iter().skip_while(|call| call.name != "listen");
     let forks = served
@@ -300,22 +303,23 @@ fn write_page(
     ensure!(!forks, "the server forks: a replay shows one process, though many threads");
     let outcome = steps::steps(&recording, &mut logs);
     let (start, part) = (outcome.start, Steps { steps: outcome.steps, choices: Vec::new() });
-    let title = format!("A run of {program}");
+    let title = "A recorded run".to_owned();
     let (program, sources) = (program.to_owned(), logs.pieces);
     let steps = part.steps.len();
-    let run = Run { title: title.clone(), program, sources, start, at: outcome.at, part };
+    let run = Run { title, program, sources, start, at: outcome.at, part };
     let [style, script] = ["docs/replay.css", "docs/replay.js"].map(|file| workspace.read(file));
     let html = format!(
         "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width\">\n<title>{}</title>\n<style>\n{}</style>\n\
+         <meta name=\"viewport\" content=\"width=device-width\">\n<title>A run of {}</title>\n\
+         <style>\n:root {{ color-scheme: light dark }}\nbody {{ max-width: 80em; margin: 1em auto; padding: 0 1em }}\n\
+         {}</style>\n\
          <reactor-replay id=\"run\">\n<script type=\"application/json\">{}</script>\n</reactor-replay>\n\
          <script>\n{}</script>\n</html>\n",
-        picture::escape(&title),
+        picture::escape(&run.program),
         style?,
         json(&run)?,
         script?
     );
     fs::write(page, html).with_context(|| page.display().to_string())?;
-    println!("{steps} steps in {}", page.display());
-    Ok(())
+    Ok(writeln!(std::io::stdout(), "{steps} steps in {}", page.display())?)
 }

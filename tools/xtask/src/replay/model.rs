@@ -8,6 +8,9 @@ use serde_json::{Map, Value, json};
 /// Above this much output a connection reads nothing, in bytes: `HIGH_WATER` of chapter 4.
 const HIGH_WATER: usize = 960 * 1024;
 
+/// With more clients than this, they share a table.
+const MOST_LANES: usize = 6;
+
 /// What is behind an fd.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
@@ -48,6 +51,8 @@ pub struct Client {
     /// Whether the server has yet to learn of the reset, by the error of a call.
     pub error: bool,
     pub server_fin: bool,
+    /// Whether the server has closed it without having read everything.
+    pub server_rst: bool,
     pub sent: Vec<u8>,
     pub got: Vec<u8>,
     /// Sent, and not read by the server yet.
@@ -94,6 +99,7 @@ impl Client {
         match self {
             Self { connected: false, .. } => "not connected",
             Self { rst: true, .. } => "has reset it",
+            Self { server_rst: true, .. } => "was reset",
             Self { closed: true, .. } => "has closed",
             Self { server_fin: true, held, .. } if held.is_empty() => match self.fin {
                 true => "both have ended",
@@ -125,6 +131,14 @@ impl Thread {
         let next = self.batch.iter_mut().find(|event| event.state == "next");
         if let (Some(state), Some(event)) = (state, next) {
             event.state = state;
+        }
+    }
+
+    /// It works at this fd: if nothing else tells, that shows which event of the batch it handles.
+    pub fn works_at(&mut self, fd: i64) {
+        if let Some(at) = self.batch.iter().position(|it| it.fd == fd && it.state == "next") {
+            self.next_of_batch(None);
+            self.batch[at].state = "now";
         }
     }
 
@@ -264,10 +278,18 @@ impl Model {
     pub fn snapshot(&self) -> Map<String, Value> {
         let show = |bytes: &[u8]| shown(bytes, self.has_messages);
         let mut state = Map::new();
-        for (name, client) in &self.clients {
+        let clients = self.clients.iter().map(|(name, client)| {
             let (sent, got) = (show(&client.sent), show(&client.got));
-            let value = json!({ "state": client.state(), "sent": sent, "got": got });
-            state.insert(format!("client {name}"), value);
+            (name, json!({ "state": client.state(), "sent": sent, "got": got }))
+        });
+        if self.clients.len() > MOST_LANES {
+            let rows = clients.map(|(name, mut value)| {
+                value["who"] = name.to_string().into();
+                value
+            });
+            state.insert("clients".to_owned(), rows.collect());
+        } else {
+            state.extend(clients.map(|(name, value)| (format!("client {name}"), value)));
         }
         let kernel = self.fds.iter().map(|(fd, kind)| (fd, self.kernel(*fd, kind)));
         let kernel = kernel.filter(|(_, what)| !what.is_empty());

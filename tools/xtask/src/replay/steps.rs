@@ -476,8 +476,12 @@ Act::ServerStops => {
                 if n == 1 { " is" } else { "s are" }
             ));
         }
-        let fd = call.fd();
-        self.model.thread(&call.thread).waits = None;
+        let (fd, has_slots) = (call.fd(), self.model.has_slots);
+        let thread = self.model.thread(&call.thread);
+        thread.waits = None;
+        if !has_slots {
+            thread.works_at(fd);
+        }
         let kind = self.model.fds.get(&fd).cloned();
         if let Some((fd, kind)) = opens(call, kind.as_ref()) {
             self.model.fds.insert(fd, kind);
@@ -501,7 +505,11 @@ Act::ServerStops => {
                 self.model.tables.values_mut().for_each(|rows| rows.retain(|row| row.fd != fd));
                 let Kind::Conn(name) = kind else { return None };
                 let client = self.model.client(name);
+                client.server_rst = !client.rst && !client.unread.is_empty();
                 let kernel = match (client.rst || client.server_fin, client.held.is_empty()) {
+                    _ if client.server_rst => {
+                        " The kernel sends an RST, because there is unread input."
+                    }
                     (true, _) => "",
                     (false, true) => " The kernel sends a FIN.",
                     (false, false) => " The kernel sends what it still holds, and then a FIN.",
@@ -767,7 +775,7 @@ Act::ServerStops => {
             state.tasks.values_mut().filter(|it| **it == "polled").for_each(|it| *it = "pending");
         }
         // Tasks are polled outside the loop, and most wakers are called there.
-        if what == "poll" || !is_in_task {
+        if what == "poll" || what == "ready" || !is_in_task {
             state.next_of_batch(None);
             self.enters(thread, level, line, 0);
         } else {
