@@ -491,15 +491,13 @@ impl Server {
         let process = Process::start(command);
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
-        // A new thread has its parent's name until it runs, and a worker an event loop soon after.
+        // With loops, each worker has one too: a new thread has its parent's name until it runs.
         wait_until("all threads wait for events", || {
             let threads = process.threads("State:");
             let of = |prefix| threads.iter().filter(|it| it.0.starts_with(prefix)).count();
-            let workers = of("worker-");
             let loops = process.epoll_sizes().len();
-            // An exercise has workers without loops.
-            let have_loops = loops == 0 || loops > workers;
-            of("reactor-") == 1 && have_loops && threads.iter().all(|(_, state)| state == "S")
+            let are_set_up = loops == 0 || of("reactor-") == 1 && loops > of("worker-");
+            are_set_up && threads.iter().all(|(_, state)| state == "S")
         });
         Self { process, addr }
     }
