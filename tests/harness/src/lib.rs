@@ -491,13 +491,12 @@ impl Server {
         let process = Process::start(command);
         let line = process.wait_for_log("listening on ");
         let addr = line.split("listening on ").nth(1).unwrap().parse().expect("an address");
-        // With loops, each worker has one too: a new thread has its parent's name until it runs.
+        // A worker may sleep for a moment before it has set up its loop.
         wait_until("all threads wait for events", || {
             let threads = process.threads("State:");
-            let of = |prefix| threads.iter().filter(|it| it.0.starts_with(prefix)).count();
-            let loops = process.epoll_sizes().len();
-            let are_set_up = loops == 0 || of("reactor-") == 1 && loops > of("worker-");
-            are_set_up && threads.iter().all(|(_, state)| state == "S")
+            let workers = threads.iter().filter(|it| it.0.starts_with("worker-")).count();
+            let have_loops = workers == 0 || process.epoll_sizes().len() > workers;
+            have_loops && threads.iter().all(|(_, state)| state == "S")
         });
         Self { process, addr }
     }
