@@ -134,7 +134,7 @@ pub fn record(script: &Script, acts: &[(char, Act)], bin: &Path) -> Result<Recor
 }
 
 /// A client: its connection, and whether it reads what arrives.
-pub struct Client {
+struct Client {
     stream: Option<TcpStream>,
     reads: bool,
     port: u16,
@@ -319,18 +319,17 @@ impl Recording {
         let mut woken: BTreeMap<&str, f64> = BTreeMap::new();
         for call in &calls {
             let thread = call.thread.as_str();
-            let name = call.name.as_str();
             let ready = woken.get(thread).copied().unwrap_or(call.end);
             if call.is_wait() || call.is_poll() {
                 woken.insert(thread, call.end - 1e-6);
-            } else if name.starts_with("accept") {
+            } else if call.is_accept() {
                 let Some(fd) = call.number() else { continue };
                 // Many servers do not ask for the address.
                 let (client, port) = (names.next().unwrap_or('A'), call.port().unwrap_or(0));
                 clients.insert(fd, (client, port));
                 let time = ready.min(call.end - 1e-6);
                 acts.push(Done { time, client, port, act: Act::Connects });
-            } else if matches!(name, "read" | "recvfrom" | "readv" | "recvmsg") {
+            } else if call.is_read() {
                 let Some((client, port)) = clients.get(&call.fd()).copied() else { continue };
                 let act = match (call.number(), call.error()) {
                     (Some(0), _) => Act::ShutsDown,
@@ -338,16 +337,15 @@ impl Recording {
                     (_, Some("ECONNRESET")) => Act::Resets,
                     _ => continue,
                 };
-                let mut its = acts.iter().rev().filter(|done| done.client == client);
-                if act == Act::ShutsDown && its.next().is_some_and(|done| done.act == act) {
+                let last = acts.iter().rev().find(|done| done.client == client);
+                if act == Act::ShutsDown && last.is_some_and(|done| done.act == act) {
                     continue;
                 }
                 // A connection that was just accepted sends after that.
                 let time = ready.min(call.end - 1e-6);
-                let last = acts.iter().rev().find(|done| done.client == client);
                 let time = time.max(last.map_or(0.0, |done| done.time + 1e-7));
                 acts.push(Done { time, client, port, act });
-            } else if name == "close" {
+            } else if call.name == "close" {
                 clients.remove(&call.fd());
             }
         }

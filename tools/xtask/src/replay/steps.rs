@@ -81,7 +81,7 @@ pub fn steps(recording: &Recording, logs: &mut Logs) -> Outcome {
     let mut beats: Vec<BTreeMap<&str, VecDeque<Event>>> = Vec::new();
     beats.resize_with(acts.len() + 1, BTreeMap::new);
     for event in events(&recording.calls, acts) {
-        let beat = acts.iter().filter(|act| act.time < event.time()).count();
+        let beat = acts.partition_point(|act| act.time < event.time());
         // A thread without clients writes the log or standard output.
         if story.model.threads.contains_key(&event.call.thread) {
             beats[beat].entry(&event.call.thread).or_default().push_back(event);
@@ -165,10 +165,10 @@ fn without_repetitions(steps: Vec<Step>) -> Vec<Step> {
 fn without_parts(steps: Vec<Step>, begins: impl Fn(&Step) -> bool) -> Vec<Step> {
     let mut parts: Vec<Vec<Step>> = vec![Vec::new()];
     for step in steps {
-        if begins(&step) {
-            parts.push(Vec::new());
+        match parts.last_mut().filter(|_| !begins(&step)) {
+            Some(part) => part.push(step),
+            None => parts.push(vec![step]),
         }
-        parts.last_mut().into_iter().for_each(|part| part.push(step.clone()));
     }
     // Numbers of bytes may differ.
     let say = |step: &Step| step.say.replace(|c: char| c.is_ascii_digit() || c == ',', "");
@@ -207,11 +207,10 @@ impl<'a> Story<'a> {
         let is_message =
             |call: &Call| call.log_line().is_some_and(|(_, line)| line.starts_with("message: "));
         let calls = &recording.calls;
-        let accepts = calls.iter().filter(|call| call.name.starts_with("accept"));
+        let accepts = calls.iter().filter(|call| call.is_accept());
         let accepted: BTreeSet<i64> = accepts.filter_map(Call::number).collect();
-        let serves = |call: &&Call| {
-            call.is_wait() || call.name.starts_with("accept") || accepted.contains(&call.fd())
-        };
+        let serves =
+            |call: &&Call| call.is_wait() || call.is_accept() || accepted.contains(&call.fd());
         let threads = calls.iter().filter(serves).map(|call| &*call.thread).chain(["main"]);
         let model = Model {
             clients: recording.clients.iter().map(|name| (*name, Client::default())).collect(),
@@ -227,28 +226,18 @@ impl<'a> Story<'a> {
     /// Runs the threads of one beat, each until it waits for something that has not happened yet. The order in
     /// which they really ran is a matter of chance, and would differ each time that a script is recorded.
     fn run(&mut self, mut queues: BTreeMap<&str, VecDeque<Event>>) {
-        while self.in_order {
+        loop {
+            let rank = |event: &Event| match self.can_be(event) {
+                true if !self.in_order => (false, 0.0),
+                can_be => (!can_be, event.time()),
+            };
+            // The first of equals.
             let next = queues.values_mut().filter(|queue| !queue.is_empty()).min_by(|a, b| {
-                let can_be = self.can_be(&b[0]).cmp(&self.can_be(&a[0]));
-                can_be.then(a[0].time().total_cmp(&b[0].time()))
+                let ((a_waits, a), (b_waits, b)) = (rank(&a[0]), rank(&b[0]));
+                a_waits.cmp(&b_waits).then(a.total_cmp(&b))
             });
             let Some(event) = next.and_then(VecDeque::pop_front) else { return };
             self.event(&event);
-        }
-        while queues.values().any(|queue| !queue.is_empty()) {
-            let mut stuck = true;
-            for queue in queues.values_mut() {
-                while queue.front().is_some_and(|event| self.can_be(event)) {
-                    stuck = false;
-                    queue.pop_front().into_iter().for_each(|event| self.event(&event));
-                }
-            }
-            if stuck {
-                let next = queues.values_mut().filter(|queue| !queue.is_empty());
-                let next = next.min_by(|a, b| a[0].call.end.total_cmp(&b[0].call.end));
-                let event = next.and_then(VecDeque::pop_front);
-                event.into_iter().for_each(|event| self.event(&event));
-            }
         }
     }
 
@@ -307,12 +296,12 @@ impl<'a> Story<'a> {
                 client.fin = true;
                 format!("{name} shuts down its side: the kernel sends a FIN. {name} can still receive.")
             }
-                        Act::Closes => {
+            Act::Closes => {
                 let fin = if client.fin { "" } else { ": the kernel sends a FIN" };
                 (client.fin, client.closed) = (true, true);
                 format!("{name} closes its connection{fin}.")
             }
-Act::Resets => {
+            Act::Resets => {
                 (client.rst, client.error, client.fin) = (true, true, false);
                 client.unread.clear();
                 format!("{name} resets its connection: an RST. What the server has not read is lost.")
@@ -321,7 +310,7 @@ Act::Resets => {
                 client.deaf = true;
                 format!("From now on {name} reads nothing. What the server writes stays in the kernel.")
             }
-                        Act::ReadsOn => {
+            Act::ReadsOn => {
                 client.full = false;
                 let n = count(client.held.len());
                 client.got.append(&mut client.held);
@@ -329,7 +318,7 @@ Act::Resets => {
                 let room = if client.server_fin { "" } else { " There is room again." };
                 format!("{name} reads {n}, all that the kernel has for it{then}.{room}")
             }
-Act::ServerStops => {
+            Act::ServerStops => {
                 "The server is held up for a moment, with SIGSTOP, so that more can happen before its next step."
                     .to_owned()
             }
@@ -412,7 +401,7 @@ Act::ServerStops => {
             Some(Kind::Conn(name)) => format!("until {name} sends something"),
             _ => return None,
         };
-        let name = if name.starts_with("accept") {
+        let name = if call.is_accept() {
             self.is_before(thread, "DEBUG", "it: connected", "accept");
             "accept"
         } else {
@@ -487,19 +476,16 @@ Act::ServerStops => {
             self.model.fds.insert(fd, kind);
             return None;
         }
-        match &*call.name {
-            "epoll_ctl" => return self.controls(call),
-            "accept" | "accept4" => return self.accepts(call),
-            _ => {}
-        }
-        match (&*call.name, kind?) {
-            ("shutdown", Kind::Conn(name)) => {
+        match (&*call.name, kind) {
+            ("epoll_ctl", _) => self.controls(call),
+            _ if call.is_accept() => self.accepts(call),
+            ("shutdown", Some(Kind::Conn(name))) => {
                 self.model.client(name).server_fin = true;
                 Some(format!(
                     "It shuts down its side of {name}'s connection: a FIN, after all bytes."
                 ))
             }
-            ("close", kind) => {
+            ("close", Some(kind)) => {
                 self.model.fds.remove(&fd);
                 self.model.tables.remove(&fd);
                 self.model.tables.values_mut().for_each(|rows| rows.retain(|row| row.fd != fd));
@@ -521,23 +507,19 @@ Act::ServerStops => {
                     "It closes fd {fd}.{kernel} The number is free for the next connection."
                 ))
             }
-            ("read" | "recvfrom" | "readv" | "recvmsg", Kind::Bell { .. }) => {
+            (_, Some(Kind::Bell { .. })) if call.is_read() => {
                 self.model.fds.insert(fd, Kind::Bell { rings: 0 });
                 Some(format!("It reads the eventfd {fd}, which silences it."))
             }
-            ("read" | "recvfrom" | "readv" | "recvmsg", Kind::Conn(name)) => {
-                self.reads(call, name, line)
-            }
-            ("write" | "sendto" | "writev" | "sendmsg", Kind::Bell { rings }) => {
+            (_, Some(Kind::Bell { rings })) if call.is_write() => {
                 self.model.fds.insert(fd, Kind::Bell { rings: rings + 1 });
                 let whose = self.model.owner(fd).unwrap_or("its thread");
                 Some(format!(
                     "It rings the bell: it writes to the eventfd {fd}, which wakes {whose}."
                 ))
             }
-            ("write" | "sendto" | "writev" | "sendmsg", Kind::Conn(name)) => {
-                self.writes(call, name)
-            }
+            (_, Some(Kind::Conn(name))) if call.is_read() => self.reads(call, name, line),
+            (_, Some(Kind::Conn(name))) if call.is_write() => self.writes(call, name),
             _ => None,
         }
     }

@@ -55,10 +55,8 @@ pub fn parse(report: &str) -> Result<Vec<Call>> {
     let mut names: HashMap<&str, String> = HashMap::new();
     let mut open: HashMap<&str, (f64, &str)> = HashMap::new();
     let mut calls = Vec::new();
-    let named = |names: &HashMap<&str, String>, pid| match names.get(pid) {
-        Some(name) => name.clone(),
-        None if names.is_empty() => "main".to_owned(),
-        None => format!("thread {pid}"),
+    let named = |names: &HashMap<&str, String>, pid| {
+        names.get(pid).cloned().unwrap_or_else(|| format!("thread {pid}"))
     };
     for text in report.lines() {
         // Signals and exits are of other forms.
@@ -89,7 +87,6 @@ pub fn parse(report: &str) -> Result<Vec<Call>> {
         if name == "prctl" && args.starts_with("PR_SET_NAME") {
             names.insert(pid, String::from_utf8_lossy(&bytes(args)).into_owned());
         }
-
         // A call that a signal has ended has no number.
         let result = part(3).parse().ok();
         let returned = if start < time { time } else { start + part(5).parse().unwrap_or(0.0) };
@@ -134,6 +131,21 @@ impl Call {
         let mut data = bytes(&self.args);
         data.resize(len.max(data.len()), b'.');
         data
+    }
+
+    /// Whether it takes a connection.
+    pub fn is_accept(&self) -> bool {
+        self.name.starts_with("accept")
+    }
+
+    /// Whether it reads.
+    pub fn is_read(&self) -> bool {
+        matches!(&*self.name, "read" | "recvfrom" | "readv" | "recvmsg")
+    }
+
+    /// Whether it writes.
+    pub fn is_write(&self) -> bool {
+        matches!(&*self.name, "write" | "sendto" | "writev" | "sendmsg")
     }
 
     /// Whether it is a wait that gets what to wait for anew each time.
