@@ -8,7 +8,6 @@
 //! Each server takes a free port in place of 7777. Times, ports and other numbers that change from
 //! run to run are not compared. Neither is the order of lines across terminals.
 
-use std::env;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +23,7 @@ use nix::unistd::Pid;
 use regex::Regex;
 
 use crate::pages::{Block, blocks, replace};
+use crate::replay::strace;
 use crate::workspace::Workspace;
 
 /// How long a command may take, or a line to arrive.
@@ -56,14 +56,7 @@ impl Stage {
     /// Builds the programs, and checks that netcat and strace are installed.
     pub fn set(workspace: &Workspace) -> anyhow::Result<Self> {
         let root = workspace.root.clone();
-        let mut cargo = Command::new(env::var_os("CARGO").context("run it as `cargo xtask`")?);
-        let build = cargo.args(["build", "--quiet", "--locked"]).current_dir(&root);
-        for chapter in bench::chapters(&root)? {
-            build.args(["-p", &chapter]);
-        }
-        ensure!(build.status()?.success(), "the chapters do not build");
-        // They are in the folder of this program: target/debug, wherever that is.
-        let programs = env::current_exe()?.parent().context("a program in a folder")?.to_owned();
+        let programs = workspace.build(bench::chapters(&root)?)?;
         let netcat = Command::new("nc.openbsd").arg("-h").stderr(Stdio::null()).status();
         netcat.context("the sessions need netcat-openbsd: apt install netcat-openbsd")?;
         let signals = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM]);
@@ -76,9 +69,7 @@ impl Stage {
             }
             std::process::exit(130);
         });
-        let strace = Command::new("strace").args(["-o", "/dev/null", "true"]).output();
-        let strace = strace.context("the sessions need strace: apt install strace")?;
-        Ok(Self { root, programs, can_trace: strace.status.success() })
+        Ok(Self { root, programs, can_trace: strace::works()? })
     }
 
     /// Starts a command, and sends each line that it prints to `lines`.
@@ -399,6 +390,8 @@ fn normal(line: &str) -> String {
 mod tests {
     use std::fs::{self, Permissions};
     use std::os::unix::fs::PermissionsExt;
+
+    use std::env;
 
     use super::*;
 

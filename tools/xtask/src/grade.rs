@@ -10,12 +10,12 @@ use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde::Deserialize;
 use tempfile::TempDir;
 
 use crate::notes;
-use crate::replay;
+use crate::replay::{self, Recording, strace};
 use crate::workspace::Workspace;
 
 /// How long a test waits for the server on a machine that is quick and has nothing else to do.
@@ -128,19 +128,22 @@ impl<'a> Grade<'a> {
         Ok(())
     }
 
-    /// What strace has reported of the last server that a client has connected to.
-    pub fn last_report(&self) -> Result<String> {
+    /// The last server that a client has connected to.
+    pub fn last_recording(&self) -> Result<Recording> {
         let folder = self.reports.as_ref().context("nothing was recorded")?;
-        let mut last = None;
-        for report in fs::read_dir(folder)? {
+        let reports = fs::read_dir(folder)?.map(|report| {
             let report = report?;
-            let text = fs::read_to_string(report.path())?;
-            if replay::has_clients(&text)? {
-                last = last.max(Some((report.metadata()?.modified()?, text)));
+            Ok((report.metadata()?.modified()?, report.path()))
+        });
+        let mut reports = reports.collect::<Result<Vec<_>>>()?;
+        reports.sort();
+        for (_, report) in reports.iter().rev() {
+            let recording = replay::recording(&fs::read_to_string(report)?)?;
+            if !recording.acts.is_empty() {
+                return Ok(recording);
             }
         }
-        let (_, text) = last.context("no client has connected, so there is nothing to replay")?;
-        Ok(text)
+        bail!("no client has connected, so there is nothing to replay")
     }
 
     /// Fails if the command names no program.
@@ -229,10 +232,10 @@ impl<'a> Grade<'a> {
         let command = match &self.reports {
             None => self.command.clone(),
             Some(folder) => {
-                let mut strace = replay::strace(&folder.path().join("report"));
+                let mut traced = strace::command(&folder.path().join("report"));
                 // As a grandchild, so that the process that a test starts is the server.
-                strace.arg("-D");
-                let words = iter::once(strace.get_program()).chain(strace.get_args());
+                traced.arg("-D");
+                let words = iter::once(traced.get_program()).chain(traced.get_args());
                 let words: Vec<_> = words.map(|word| quoted(&word.to_string_lossy())).collect();
                 // $$ is another number for each server.
                 format!("{} {}", words.join(" ").replace("/report", "/\"$$\""), self.command)

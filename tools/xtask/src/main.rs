@@ -33,7 +33,7 @@ use clap::{Parser, Subcommand};
 
 use crate::answers::WorkspaceCopy;
 use crate::grade::{Cases, Grade};
-use crate::sources::Sources;
+use crate::sources::{Logs, Sources};
 use crate::workspace::{Workspace, beside};
 
 /// Keeps the text in step with the code and the measurements
@@ -203,7 +203,8 @@ fn run(task: Task) -> anyhow::Result<()> {
             }
             let passed = grade.run(&cases, only, all, &mut std::io::stdout())?;
             if let Some(page) = record {
-                replay::page_of(&workspace, &grade.last_report()?, &command[0], &page)?;
+                let recording = grade.last_recording()?;
+                replay::write_page(&workspace, recording, Logs::default(), &command[0], &page)?;
             }
             ensure!(passed, "not all cases have passed");
             Ok(())
@@ -324,6 +325,7 @@ mod tests {
         [g](../../docs/src/SUMMARY.md) ![p](s.svg) ![q](drawn.svg)\n\n\
         <!-- code: common/src/lib.rs, A -->\n```rust\n```\n\n\
         ```diff\n{{#include answers/v01-1.patch}}\n```\n```diff\n{{#include diffs/v02.diff}}\n```\n\n\
+        <script>{{#include runs/a.json}}</script>\n\n\
         <!-- sequence: s.svg -->\n```console\n$ cargo run\n 0.1s TRACE epoll_wait: 1 ready\n```\n\n\
         <!-- illustration: C -->\n```c\nint x;\n```\n\n\
         <!-- figures: accept -->\n\n<!-- end of figures -->\n\n\
@@ -366,6 +368,7 @@ mod tests {
             ("docs/names.txt", "epoll_wait # a call\n"),
             ("docs/phrases.txt", "# Phrases\nqu+x (a|the) way # how\n"),
             ("docs/src/answers/v01-1.patch", ""),
+            ("docs/src/runs/a.json", ""),
             (
                 "docs/src/drawn.svg",
                 "<svg id=\"drawn\"><style></style><text x=\"1\">call_it, then</text></svg>\n",
@@ -447,6 +450,7 @@ mod tests {
             (page, "(../../docs", "(../../../docs", "outside the repository"),
             (page, "v01-1.patch", "v01-2.patch", "broken include answers/v01-2.patch"),
             (page, "v02.diff", "v03.diff", "broken include diffs/v03.diff"),
+            (page, "a.json", "b.json", "broken include runs/b.json"),
             (page, "`A`", "`B`", "nothing is called B"),
             (page, "`A::b()`", "`A::c()`", "nothing is called A::c"),
             (page, "`A`", "`B<A>`", "nothing is called B"),
@@ -460,6 +464,7 @@ mod tests {
             (page, "![q](drawn.svg)", "", "docs/src/drawn.svg: no page shows it"),
             (page, "diffs/v02.diff", "answers/v01-1.patch", "v02.diff: no page shows it"),
             (page, "answers/v01-1.patch", "diffs/v02.diff", "v01-1.patch: no page shows it"),
+            (page, "runs/a.json", "diffs/v02.diff", "runs/a.json: no page shows it"),
             ("docs/src/SUMMARY.md", "v01.md", "../README.md", "v01.md: SUMMARY.md lacks it"),
             ("docs/names.txt", "epoll_wait", "epoll_wait other", "no page uses other"),
             // Phrases to avoid.

@@ -7,11 +7,11 @@ mod model;
 mod record;
 mod script;
 mod steps;
-mod strace;
+pub mod strace;
 
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::LazyLock;
 
@@ -20,10 +20,9 @@ use regex::Regex;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use self::record::Recording;
+pub use self::record::Recording;
 use self::script::{Act, Part, Script};
 use self::steps::Step;
-pub use self::strace::command as strace;
 use crate::picture;
 use crate::sequence;
 use crate::sources::{Logs, Piece, Sources};
@@ -69,9 +68,7 @@ struct Choice {
 
 /// Records the runs with these names, or all. With `check`, compares them with the files.
 pub fn update(workspace: &Workspace, names: &[String], check: bool) -> Result<()> {
-    let strace = Command::new("strace").args(["-o", "/dev/null", "true"]).output();
-    let strace = strace.context("a recording needs strace: apt install strace")?;
-    if check && !strace.status.success() {
+    if !strace::works()? && check {
         println!("not checked, because strace does not work here; a container may forbid it");
         return Ok(());
     }
@@ -87,9 +84,9 @@ pub fn update(workspace: &Workspace, names: &[String], check: bool) -> Result<()
             continue;
         }
         let script = Script::parse(&workspace.read(path)?).with_context(|| path.to_owned())?;
-        build(workspace, script.program())?;
+        let bin = workspace.build([script.program()])?;
         let files = || -> Result<Vec<(String, String)>> {
-            let (json, log) = make(workspace, &sources, &script)?;
+            let (json, log) = make(&bin, &sources, &script)?;
             let mut files = vec![(path.replace(".run", ".json"), json)];
             // Without a loop there is no trace to draw.
             if log.contains("epoll_wait: ") {
@@ -157,21 +154,8 @@ fn difference(old: &str, new: &str) -> String {
     format!("committed: …{}…\nrecorded: …{}…", part(old), part(new))
 }
 
-fn build(workspace: &Workspace, package: &str) -> Result<()> {
-    let mut cargo = Command::new("cargo");
-    cargo.args(["build", "--quiet", "--locked", "--package", package]);
-    ensure!(cargo.current_dir(&workspace.root).status()?.success(), "{package} does not build");
-    Ok(())
-}
-
-/// The folder of the chapters' programs.
-fn programs(workspace: &Workspace) -> Result<PathBuf> {
-    let exe = std::env::current_exe()?;
-    Ok(exe.parent().map_or(workspace.root.join("target/debug"), Path::to_owned))
-}
-
 /// A script's recording, and the log of its first path.
-fn make(workspace: &Workspace, sources: &Sources, script: &Script) -> Result<(String, String)> {
+fn make(bin: &Path, sources: &Sources, script: &Script) -> Result<(String, String)> {
     let package = script.program();
     let mut logs = sources.logs(package)?;
     let mut paths = Vec::new();
@@ -179,7 +163,7 @@ fn make(workspace: &Workspace, sources: &Sources, script: &Script) -> Result<(St
     let (mut start, mut at) = (Map::new(), None);
     let (mut part, mut log) = (Steps::default(), String::new());
     for (acts, labels) in &paths {
-        let recording = record::record(script, acts, &programs(workspace)?)?;
+        let recording = record::record(script, acts, bin)?;
         let outcome = steps::steps(&recording, &mut logs);
         ensure!(start.is_empty() || start == outcome.start, "two of its runs begin differently");
         (start, at) = (outcome.start, outcome.at);
@@ -265,10 +249,7 @@ pub fn watch(workspace: &Workspace, command: &[String], page: &Path) -> Result<(
     let (program, args) = command.split_first().context("no command")?;
     let chapter = workspace.has(&format!("{program}/Cargo.toml")).then_some(program);
     let mut command = match chapter {
-        Some(chapter) => {
-            build(workspace, chapter)?;
-            Command::new(programs(workspace)?.join(chapter))
-        }
+        Some(chapter) => Command::new(workspace.build([chapter])?.join(chapter)),
         None => Command::new(program),
     };
     command.args(args);
@@ -281,19 +262,13 @@ pub fn watch(workspace: &Workspace, command: &[String], page: &Path) -> Result<(
     write_page(workspace, Recording::derived(calls), logs, program, page)
 }
 
-/// Whether a client has connected to the server that strace has reported on.
-pub fn has_clients(report: &str) -> Result<bool> {
-    Ok(!Recording::derived(strace::parse(report)?).acts.is_empty())
+/// What strace has reported of a server with other clients.
+pub fn recording(report: &str) -> Result<Recording> {
+    Ok(Recording::derived(strace::parse(report)?))
 }
 
-/// Writes a page with what strace has reported of a server.
-pub fn page_of(workspace: &Workspace, report: &str, program: &str, page: &Path) -> Result<()> {
-    let recording = Recording::derived(strace::parse(report)?);
-    write_page(workspace, recording, Logs::default(), program, page)
-}
-
-/// A page of its own, which needs no other file.
-fn write_page(
+/// Writes a page of its own, which needs no other file. Without `logs` it shows no sources.
+pub fn write_page(
     workspace: &Workspace,
     recording: Recording,
     mut logs: Logs,

@@ -152,9 +152,7 @@ impl Sources {
                     let at = log.get(0).map_or(0, |it| it.start());
                     let line = source.text[..at].matches('\n').count() + 1;
                     let within = |item: &&Item| item.first_line <= line && line <= item.last_line;
-                    let Some(item) = source.items.iter().rfind(within) else {
-                        continue;
-                    };
+                    let Some(item) = source.items.iter().rfind(within) else { continue };
                     let lines = source.text.lines().enumerate().map(|(n, text)| (n + 1, text));
                     let lines =
                         lines.skip(item.first_line - 1).take(item.last_line + 1 - item.first_line);
@@ -191,8 +189,9 @@ impl Logs {
         self.patterns.is_empty()
     }
 
-    /// Where a line with its level comes from: the index of its function in `pieces`, and the number of the line that logs it; and
-    /// the function's name. Of several that could have logged it, the one that says most of it literally.
+    /// Where a line with its level comes from: the index of its function in `pieces`, and the number of the line that
+    /// logs it; and the function's name. Of several that could have logged it, the one that says most of it
+    /// literally.
     pub fn find(&mut self, line: &str) -> Option<((usize, usize), String)> {
         let fits = self.patterns.iter().filter(|(pattern, ..)| pattern.is_match(line));
         // The first of equals: the package comes before `common`.

@@ -54,6 +54,21 @@ impl Workspace {
         fs::read_to_string(self.root.join(path)).with_context(|| path.to_owned())
     }
 
+    /// Builds packages, and returns the folder of their programs.
+    pub fn build(
+        &self,
+        packages: impl IntoIterator<Item = impl AsRef<str>>,
+    ) -> anyhow::Result<PathBuf> {
+        let mut cargo = Command::new(env::var_os("CARGO").context("run it as `cargo xtask`")?);
+        cargo.args(["build", "--quiet", "--locked"]).current_dir(&self.root);
+        for package in packages {
+            cargo.args(["--package", package.as_ref()]);
+        }
+        ensure!(cargo.status()?.success(), "the chapters do not build");
+        // They are in the folder of this program: target/debug, wherever that is.
+        Ok(env::current_exe()?.parent().context("a program in a folder")?.to_owned())
+    }
+
     /// The files whose paths have this start and this end.
     pub fn files<'a>(&'a self, start: &'a str, end: &'a str) -> impl Iterator<Item = &'a str> {
         let files = self.files.iter().map(String::as_str);

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use bench::report::thousands;
 use common::message;
 use serde_json::{Map, Value, json};
 
@@ -335,18 +336,7 @@ pub fn changes(before: &Map<String, Value>, after: &Map<String, Value>) -> Map<S
 
 /// `1 byte`, `65,536 bytes`.
 pub fn count(n: usize) -> String {
-    format!("{} byte{}", digits(n), if n == 1 { "" } else { "s" })
-}
-
-/// `65,536`.
-pub fn digits(n: usize) -> String {
-    let digits = n.to_string();
-    let from_end = |at: usize| digits.len() - at;
-    let parts = digits.char_indices().flat_map(|(at, digit)| {
-        let comma = at > 0 && from_end(at) % 3 == 0;
-        comma.then_some(',').into_iter().chain([digit])
-    });
-    parts.collect()
+    format!("{} byte{}", thousands(n as f64), if n == 1 { "" } else { "s" })
 }
 
 /// Bytes as a page shows them: as messages if they are some, shortened if they are many.

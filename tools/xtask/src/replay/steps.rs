@@ -5,11 +5,12 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use bench::report::thousands;
 use common::message;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::model::{Client, Kind, Model, Ready, Row, Thread, changes, count, digits, shown};
+use super::model::{Client, Kind, Model, Ready, Row, Thread, changes, count, shown};
 use super::record::Recording;
 use super::script::{Act, Done, NO_CLIENT};
 use super::strace::{self, Call};
@@ -672,7 +673,7 @@ impl<'a> Story<'a> {
         Some(if client.full {
             format!(
                 "`write` to {name}: the kernel has room for {} of {}.",
-                digits(n),
+                thousands(n as f64),
                 count(offered.len())
             )
         } else if client.deaf {

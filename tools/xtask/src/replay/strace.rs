@@ -29,6 +29,15 @@ pub struct Call {
     pub end: f64,
 }
 
+/// Whether strace works here: a container may forbid it.
+///
+/// # Errors
+/// It is not installed.
+pub fn works() -> Result<bool> {
+    let strace = Command::new("strace").args(["-o", "/dev/null", "true"]).output();
+    Ok(strace.context("this needs strace: apt install strace")?.status.success())
+}
+
 /// A command that runs another one, and records its calls in `report`.
 pub fn command(report: &Path) -> Command {
     let mut strace = Command::new("strace");
