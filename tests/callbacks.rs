@@ -1,14 +1,14 @@
 //! Hooks and callbacks that fail, or close: from chapter 7 on. Each chapter's test has a `start` of its
 //! own, with the chapter's modules.
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::ensure;
 use common::hooks::Hooks;
 use common::router::{MsgRouter, NetConnection};
-use harness::{assert_echo, frame, read_to_end, wait_until, write};
+use harness::{assert_echo, frame, read_to_end, send_fin, wait_until, write};
 
 use crate::start;
 
@@ -64,7 +64,7 @@ fn what_the_close_hook_sends_arrives() {
     hooks.set_conn_close(Box::new(|conn| conn.send_message(b"goodbye", 102)));
     let client = harness::connect(start(echo(), hooks));
     assert_echo(&client, &frame(1, b"hello"));
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(&client);
     assert_eq!(read_to_end(&client), frame(102, b"goodbye"));
 }
 
@@ -75,7 +75,7 @@ fn a_close_hook_that_fails_costs_neither_replies_nor_other_clients() {
     let addr = start(echo(), hooks);
     let [ends, resets, stays] = [(); 3].map(|()| harness::connect(addr));
     write(&ends, &frame(1, b"last words"));
-    ends.shutdown(Shutdown::Write).unwrap();
+    send_fin(&ends);
     assert_eq!(read_to_end(&ends), frame(1, b"last words"));
     assert_echo(&resets, &frame(1, b"hello"));
     harness::reset(resets);

@@ -1,7 +1,7 @@
 //! New settings for a server with a pool of threads: from chapter 9 on. Each chapter's test has a `service`
 //! of its own, with the chapter's modules.
 
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::thread;
 
 use clap::Parser;
@@ -9,8 +9,8 @@ use common::event_loop::EventLoop;
 use common::hooks::Hooks;
 use common::mailbox::CAPACITY;
 use harness::{
-    QUIET, assert_silent, connect, frame, raise_fd_limit, read, read_to_end, wait_until_taken,
-    write,
+    QUIET, assert_silent, connect, frame, raise_fd_limit, read, read_to_end, send_fin,
+    wait_until_taken, write,
 };
 
 use crate::callbacks::echo;
@@ -58,7 +58,7 @@ fn new_settings_get_past_full_mailboxes() {
         waiting.push(connect(addr));
         waiting.iter().for_each(|client| assert_eq!(read(client, 11), frame(101, b"new")));
         for client in &blocked {
-            client.shutdown(Shutdown::Write).unwrap();
+            send_fin(client);
             assert_eq!(read_to_end(client), [frame(5, b"blocks"), frame(102, b"new")].concat());
         }
     });

@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
 use common::cli::Addr;
-use harness::{frame, read, read_to_end};
+use harness::{frame, read, read_to_end, send_fin};
 
 use crate::serve;
 
@@ -73,7 +73,7 @@ fn decoding_stops_at_the_high_water_mark_and_goes_on_below_it() {
     assert_answered(&client, REQUESTS);
     let grown = peak_memory() - before;
     assert!(grown < 4096, "by {grown} KiB");
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(&client);
     assert_eq!(read_to_end(&client), b"");
 }
 
@@ -82,7 +82,7 @@ fn decoding_stops_at_the_high_water_mark_and_goes_on_below_it() {
 fn messages_held_back_at_the_high_water_mark_are_answered_after_the_fin() {
     let client = connect(start());
     (&client).write_all(&requests(REQUESTS)).unwrap();
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(&client);
     assert_answered(&client, REQUESTS);
     assert_eq!(read_to_end(&client), b"");
 }

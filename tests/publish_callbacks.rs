@@ -1,7 +1,7 @@
 //! Callbacks that publish while a mailbox is full: from chapter 11 on. Each chapter's test has a
 //! `Session` and a `publisher_service` of its own, with the chapter's modules.
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
@@ -14,8 +14,8 @@ use common::router::{MsgRouter, NetConnection};
 use common::task::{Publisher, PublisherCallback};
 use harness::every_udp::{assert_udp_echo, connect_udp};
 use harness::{
-    assert_echo, assert_silent, connect, frame, read, read_to_end, reset, served, wait_until,
-    wait_until_taken, write,
+    assert_echo, assert_silent, connect, frame, read, read_to_end, reset, send_fin, served,
+    wait_until, wait_until_taken, write,
 };
 
 use crate::pool_callbacks::{Running, blocking};
@@ -135,7 +135,7 @@ fn a_publisher_that_waits_may_end() {
     let ([_beside, publisher], [_, resets]) = (server.clients(), server.clients());
     server.block();
     write(&publisher, &numbered(0..MANY));
-    publisher.shutdown(Shutdown::Write).unwrap();
+    send_fin(&publisher);
     assert!(read(&resets, 16 * ROOM) == numbered(0..ROOM));
     write(&resets, &frame(3, b"after all"));
     wait_until_taken(&resets);

@@ -4,10 +4,10 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::Write;
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::thread;
 
-use harness::{Server, assert_silent, read_to_end, write};
+use harness::{Server, assert_silent, read_to_end, send_fin, write};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v01");
 const GREETING: &[u8] = b"hello Lars\n";
@@ -46,7 +46,7 @@ fn unread_input_does_not_cost_the_greeting() {
     for n in [1, 5000, 1_000_000] {
         let client = server.connect();
         write(&client, &harness::pattern(n, 1));
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         assert_greeted(&client);
     }
 }

@@ -3,10 +3,12 @@
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 
 use harness::every_reactor::Chapter;
-use harness::{Server, assert_echo, assert_silent, exchange, pattern, read_to_end, write};
+use harness::{
+    Server, assert_echo, assert_silent, exchange, pattern, read_to_end, send_fin, write,
+};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v02");
 
@@ -28,7 +30,7 @@ harness::every_reactor!(
 #[track_caller]
 fn assert_serves(client: &TcpStream) {
     write(client, b"hello");
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(client);
     harness::assert_bytes(read_to_end(client), b"hello");
 }
 

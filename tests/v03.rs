@@ -3,10 +3,10 @@
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 
 use harness::every_reactor::Chapter;
-use harness::{Server, assert_echo, exchange, pattern, read_to_end};
+use harness::{Server, assert_echo, exchange, pattern, read_to_end, send_fin};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v03");
 
@@ -25,7 +25,7 @@ harness::every_reactor!(CHAPTER);
 #[track_caller]
 fn assert_serves(client: &TcpStream) {
     assert_echo(client, b"hello");
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(client);
     harness::assert_bytes(read_to_end(client), b"");
 }
 

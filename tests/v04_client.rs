@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
 use std::thread::{self, JoinHandle};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use harness::{
     Process, assert_failed, frame, is_other, pattern, program, read, run_command, run_with_input,
-    write,
+    send_fin, write,
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt::RcvBuf, sockopt::TcpMaxSeg};
@@ -644,7 +644,7 @@ fn a_half_closed_server_still_answers() {
     let (addr, _server) = serve(vec![|stream: TcpStream| {
         let request = read(&stream, 9);
         write(&stream, &request);
-        stream.shutdown(Shutdown::Write).unwrap();
+        send_fin(&stream);
         let _ = (&stream).read_to_end(&mut Vec::new());
     }]);
     assert_prints(&run_command(&mut client(addr, &["x"])), "id=1 len=1 x\n");

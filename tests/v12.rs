@@ -3,7 +3,7 @@
 // A test fails by a panic, in its helpers too.
 #![allow(clippy::unwrap_used)]
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 
 use harness::every_config::Conf;
 use harness::every_messenger::assert_serves;
@@ -12,7 +12,7 @@ use harness::every_reactor::Chapter;
 use harness::every_udp::{connect_udp, receive};
 use harness::{
     Random, Server, Signal, assert_echo, exchange, frame, pattern, read, read_to_end, reset,
-    served, write,
+    send_fin, served, write,
 };
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v12");
@@ -259,7 +259,7 @@ fn the_close_hook_logs_the_session() {
     }
     let bad_header = [1_i32, -1].map(i32::to_le_bytes).concat();
     write(&fin, &[frame(77, b"").repeat(3), bad_header[..3].to_vec()].concat());
-    fin.shutdown(Shutdown::Write).unwrap();
+    send_fin(&fin);
     server.wait_for_log("on_conn_close: connections: 4; fin sent 5");
     reset(resets);
     server.wait_for_log("on_conn_close: connections: 3; resets sent 2");

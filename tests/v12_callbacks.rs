@@ -16,7 +16,7 @@ mod udp_callbacks;
 #[path = "../reactor-v12/src/worker.rs"]
 mod worker;
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -26,7 +26,7 @@ use common::limit::Limits;
 use common::router::{MsgRouter, NetConnection};
 use common::task::{Publisher, PublisherCallback};
 use harness::{
-    assert_echo, assert_silent, connect, frame, narrow, read, read_to_end, reset, served,
+    assert_echo, assert_silent, connect, frame, narrow, read, read_to_end, reset, send_fin, served,
     wait_until, write,
 };
 
@@ -165,7 +165,7 @@ fn a_session_ends_with_its_connection_however_that_ends() {
         counted.wait_for(2, 1);
         drop(client);
     });
-    counted.assert_ends(|client| client.shutdown(Shutdown::Write).unwrap());
+    counted.assert_ends(|client| send_fin(&client));
     counted.assert_ends(reset);
     let bad_header = [1_i32, -1].map(i32::to_le_bytes).concat();
     for end in [bad_header, frame(4, b""), frame(5, b"")] {

@@ -5,7 +5,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{self, Command, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -13,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{env, fs};
 
-use harness::{Process, Server, Signal, assert_silent, frame, read, run_command, write};
+use harness::{Process, Server, Signal, assert_silent, frame, read, run_command, send_fin, write};
 
 const EXE: &str = env!("CARGO_BIN_EXE_reactor-v12");
 const QPS: &str = env!("CARGO_BIN_EXE_reactor-v12-qps");
@@ -349,7 +349,7 @@ fn a_lost_connection_is_one_clear_line() {
 
     let (addr, _server) = serve(|stream| {
         write(&stream, &next_frame(&stream).unwrap());
-        stream.shutdown(Shutdown::Write).unwrap();
+        send_fin(&stream);
         let _ = (&stream).read_to_end(&mut Vec::new());
     });
     let reason = format!("error: {addr}: the server has closed the connection");

@@ -1,7 +1,7 @@
 //! The promises of every server with a configuration file, read again on SIGHUP, from chapter 9 on.
 //! [`every_config!`](crate::every_config!) turns each promise into a test.
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{self, Command, Output};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +12,7 @@ use crate::every_reactor::Chapter;
 use crate::every_server::name;
 use crate::{
     QUIET, Server, Signal, assert_bytes, assert_echo, assert_silent, frame, is_other, read,
-    read_to_end, run, run_command, served, wait_until, wait_until_taken, write,
+    read_to_end, run, run_command, send_fin, served, wait_until, wait_until_taken, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -402,7 +402,7 @@ pub fn a_lower_limit_keeps_new_clients_out_until_enough_have_gone(chapter: Chapt
     while let Some(client) = clients.pop() {
         assert_refused(&server.connect());
         clients.iter().for_each(ping);
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         assert_bytes(read_to_end(&client), b"");
     }
     served(server.addr());
@@ -525,7 +525,7 @@ pub fn a_storm_of_sighups_costs_no_reply(chapter: Chapter) {
             let client = server.connect();
             assert_bytes(&read(&client, 9)[..4], 101_i32.to_le_bytes());
             (0..20).for_each(|_| ping(&client));
-            client.shutdown(Shutdown::Write).unwrap();
+            send_fin(&client);
             assert_bytes(read_to_end(&client), b"");
         }
     };

@@ -1,13 +1,13 @@
 //! The promises of every server with hooks, from chapter 7 on, and of its client.
 //! [`every_hook!`](crate::every_hook!) turns each promise into a test.
 
-use std::net::{Shutdown, TcpListener};
+use std::net::TcpListener;
 use std::thread;
 
 use crate::every_reactor::Chapter;
 use crate::{
-    Server, Signal, assert_bytes, frame, is_other, read, read_to_end, reset, run_client, served,
-    wait_until, write,
+    Server, Signal, assert_bytes, frame, is_other, read, read_to_end, reset, run_client, send_fin,
+    served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -56,7 +56,7 @@ pub fn the_hooks_count_the_connections_however_they_end(chapter: Chapter, _: &[&
     // A refused client has neither hook.
     assert_bytes(read_to_end(&server.connect()), frame(-1, b"server is full"));
     let half_closed = clients.next().unwrap();
-    half_closed.shutdown(Shutdown::Write).unwrap();
+    send_fin(&half_closed);
     wait_until("the first is counted", || counts(&server, "on_conn_close") == [2]);
     reset(clients.next().unwrap());
     wait_until("the second is counted", || counts(&server, "on_conn_close") == [2, 1]);
@@ -79,7 +79,7 @@ pub fn the_welcome_comes_before_any_reply(chapter: Chapter, _: &[&str]) {
     for _ in 0..50 {
         let client = server.connect();
         write(&client, &frame(1, b"pipelined").repeat(10));
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         let expected = [frame(101, b"hello there"), frame(1, b"pipelined").repeat(10)].concat();
         assert_bytes(read_to_end(&client), &expected);
     }

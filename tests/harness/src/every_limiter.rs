@@ -2,7 +2,7 @@
 //! [`every_limiter!`](crate::every_limiter!) turns each promise into a test.
 
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use crate::every_reactor::Chapter;
 use crate::{
     LIMIT, QUIET, Server, Signal, assert_bytes, assert_echo, assert_silent, frame, is_closing,
-    narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_until_stuck,
-    served, wait_until, write,
+    narrow, pattern, raise_fd_limit, read, read_slowly, read_to_end, reset, run, send_fin,
+    send_until_stuck, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`.
@@ -69,7 +69,7 @@ fn assert_a_place_is_free(server: &Server, why: &str) {
     loop {
         let client = server.connect();
         write(&client, &frame(1, b"hello"));
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         if read_to_end(&client) == frame(1, b"hello") {
             return;
         }
@@ -151,7 +151,7 @@ fn slow_exchange(client: &TcpStream, messages: &[u8]) -> bool {
     thread::scope(|scope| {
         let sender = scope.spawn(|| {
             write(client, messages);
-            client.shutdown(Shutdown::Write).unwrap();
+            send_fin(client);
         });
         let echo = read_slowly(client);
         sender.join().unwrap();
@@ -212,7 +212,7 @@ pub fn a_burst_never_gets_more_places_than_there_are(chapter: Chapter) {
 pub fn any_end_of_a_connection_frees_its_place(chapter: Chapter) {
     let server = Server::start_with(chapter.exe, &["--max-conns", "1", "--idle-timeout", "0.1"]);
     let half_closed = served(server.addr());
-    half_closed.shutdown(Shutdown::Write).unwrap();
+    send_fin(&half_closed);
     assert_a_place_is_free(&server, "half-close");
     let bad = served(server.addr());
     write(&bad, &[1_i32.to_le_bytes(), (-1_i32).to_le_bytes()].concat());
@@ -223,7 +223,7 @@ pub fn any_end_of_a_connection_frees_its_place(chapter: Chapter) {
     assert_a_place_is_free(&server, "a reset");
     let midway = served(server.addr());
     write(&midway, &frame(1, b"hello")[..10]);
-    midway.shutdown(Shutdown::Write).unwrap();
+    send_fin(&midway);
     assert_a_place_is_free(&server, "the end inside a message");
 }
 

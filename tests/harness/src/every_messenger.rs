@@ -1,7 +1,7 @@
 //! The promises of every server that speaks in messages, from chapter 4 on, for messages with id 1.
 //! [`every_messenger!`](crate::every_messenger!) turns each promise into a test.
 
-use std::net::{Shutdown, TcpStream};
+use std::net::TcpStream;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use nix::sys::signal::Signal;
 use crate::every_reactor::Chapter;
 use crate::{
     QUIET, Server, assert_bytes, assert_echo, assert_silent, exchange, frame, narrow, pattern,
-    read, read_slowly, read_to_end, send_until_stuck, wait_until, wait_until_taken, write,
+    read, read_slowly, read_to_end, send_fin, send_until_stuck, wait_until, wait_until_taken,
+    write,
 };
 
 /// The longest payload.
@@ -57,7 +58,7 @@ macro_rules! every_messenger {
 #[track_caller]
 pub fn assert_serves(client: &TcpStream) {
     assert_echo(client, &frame(1, b"hello"));
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(client);
     assert_bytes(read_to_end(client), b"");
 }
 
@@ -161,7 +162,7 @@ pub fn a_refused_client_may_read_slowly(chapter: Chapter) {
         let client = server.connect();
         narrow(&client);
         write(&client, &[&good[..], &bad_frame(-1), &pattern(garbage, 2)].concat());
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         assert!(read_slowly(&client) == good, "{garbage} bytes of garbage");
     }
 }
@@ -242,7 +243,7 @@ pub fn the_end_of_the_stream_inside_a_message_is_logged(chapter: Chapter) {
         let client = server.connect();
         let peer = client.local_addr().unwrap();
         write(&client, &[&frame(1, b"whole")[..], &frame(1, b"not whole")[..n]].concat());
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         assert_bytes(read_to_end(&client), frame(1, b"whole"));
         server.wait_for_log(&format!("{peer}: closed inside a message, {n} bytes into it"));
     }

@@ -12,7 +12,7 @@ use crate::every_reactor::Chapter;
 use crate::every_udp::{assert_udp_echo, connect_udp};
 use crate::{
     LIMIT, Server, Signal, assert_bytes, assert_echo, connect, exchange, frame, narrow, pattern,
-    read, read_to_end, reset, served, wait_until, write,
+    read, read_to_end, reset, send_fin, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter`, which puts `$before` before each text that it
@@ -228,7 +228,7 @@ pub fn a_publisher_gets_its_own_message_before_its_end(chapter: Chapter, before:
         let publisher = server.connect();
         let messages = numbered(n).repeat(1 + n % 3 * 600);
         write(&publisher, &messages);
-        publisher.shutdown(Shutdown::Write).unwrap();
+        send_fin(&publisher);
         assert_bytes(read_to_end(&publisher), arriving(&messages, before));
     }
 }

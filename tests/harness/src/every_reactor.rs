@@ -15,7 +15,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use crate::{
     LIMIT, QUIET, Server, assert_bytes, assert_echo, is_other, narrow, pattern, raise_fd_limit,
-    read, read_slowly, read_to_end, reset, wait_until, wait_until_closing, write,
+    read, read_slowly, read_to_end, reset, send_fin, wait_until, wait_until_closing, write,
 };
 
 /// A shutdown takes a second at most. Later than this after the signal, on a busy machine, it proves
@@ -196,7 +196,7 @@ pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
         let bytes = chapter.messages(n, 1);
         server.signal(Signal::SIGSTOP);
         write(&client, &bytes);
-        client.shutdown(Shutdown::Write).unwrap();
+        send_fin(&client);
         server.signal(Signal::SIGCONT);
         assert_bytes(read_to_end(&client), &bytes);
     }
@@ -207,10 +207,10 @@ pub fn echoes_stuck_bytes_after_the_fin(chapter: Chapter) {
     let server = chapter.start();
     let client = server.connect();
     let (mut sent, rest) = chapter.stuff(&client);
-    let mut writer = client.try_clone().unwrap();
+    let writer = client.try_clone().unwrap();
     let sender = thread::spawn(move || {
-        writer.write_all(&rest).unwrap();
-        writer.shutdown(Shutdown::Write).unwrap();
+        write(&writer, &rest);
+        send_fin(&writer);
         rest
     });
     let received = read_to_end(&client);
@@ -319,7 +319,7 @@ pub fn a_client_that_never_stops_does_not_starve_others(chapter: Chapter) {
             while !done.load(Ordering::Relaxed) {
                 write(&busy, &bytes);
             }
-            busy.shutdown(Shutdown::Write).unwrap();
+            send_fin(&busy);
         });
         scope.spawn(|| {
             let mut block = vec![0; 1 << 16];
@@ -340,14 +340,13 @@ pub fn a_slow_reader_gets_everything(chapter: Chapter) {
     let client = server.connect();
     narrow(&client);
     let bytes = chapter.messages(16 << 20, 5);
-    let mut writer = client.try_clone().unwrap();
-    let sent = bytes.clone();
-    let sender = thread::spawn(move || {
-        writer.write_all(&sent).unwrap();
-        writer.shutdown(Shutdown::Write).unwrap();
+    let received = thread::scope(|scope| {
+        scope.spawn(|| {
+            write(&client, &bytes);
+            send_fin(&client);
+        });
+        read_slowly(&client)
     });
-    let received = read_slowly(&client);
-    sender.join().unwrap();
     assert_bytes(&received, &bytes);
 }
 
@@ -386,7 +385,7 @@ pub fn resets_at_any_moment_leave_nothing_behind(chapter: Chapter) {
                 2 => write(&client, &message),
                 _ => {
                     write(&client, &message);
-                    client.shutdown(Shutdown::Write).unwrap();
+                    send_fin(&client);
                 }
             }
             reset(client);
@@ -460,7 +459,7 @@ pub fn a_reused_fd_never_sees_its_predecessors_bytes(chapter: Chapter) {
                     }
                     _ => {
                         write(&client, &bytes_of(n - 20));
-                        client.shutdown(Shutdown::Write).unwrap();
+                        send_fin(&client);
                         clients.insert(u64::MAX - n, client);
                     }
                 }

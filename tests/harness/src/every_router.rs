@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::process::Output;
 use std::sync::mpsc;
@@ -14,7 +14,7 @@ use nix::unistd::pipe;
 use crate::every_reactor::Chapter;
 use crate::{
     LIMIT, QUIET, Server, Signal, assert_bytes, frame, read, read_to_end, reset, run_client,
-    served, wait_until, write,
+    send_fin, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`, with
@@ -92,7 +92,7 @@ pub fn messages_without_a_callback_are_skipped(chapter: Chapter, _: &[&str]) {
     assert_echo_after(&client, &frame(77_777, b"?").repeat(100_000));
     assert_echo_after(&other, &frame(77_777, b"served"));
     server.wait_for_log(&format!("{peer}: no callback for message id 0"));
-    client.shutdown(Shutdown::Write).unwrap();
+    send_fin(&client);
     assert_bytes(read_to_end(&client), b"");
     server.wait_for_log(&format!("{peer}: messages skipped: 100004"));
     server.assert_logged_once("no callback for message id 0");

@@ -713,6 +713,16 @@ pub fn write(mut stream: &TcpStream, bytes: &[u8]) {
     }
 }
 
+/// Sends FIN: nothing more comes from this side.
+#[track_caller]
+pub fn send_fin(stream: &TcpStream) {
+    match stream.shutdown(Shutdown::Write) {
+        // The peer has reset the connection. The next read says so.
+        Err(err) if err.kind() == io::ErrorKind::NotConnected => {}
+        result => result.unwrap(),
+    }
+}
+
 /// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
@@ -829,10 +839,11 @@ pub fn exchange(stream: &TcpStream, bytes: Vec<u8>) -> Vec<u8> {
     let mut writer = stream.try_clone().unwrap();
     let sender = thread::spawn(move || {
         writer.write_all(&bytes)?;
-        writer.shutdown(Shutdown::Write)
+        send_fin(&writer);
+        Ok(())
     });
     let received = read_to_end(stream);
-    if let Err(err) = sender.join().unwrap() {
+    if let Err::<(), io::Error>(err) = sender.join().unwrap() {
         panic!("writing: {}", meaning(&err));
     }
     received
@@ -989,7 +1000,18 @@ fn output(child: Child) -> Output {
 
 #[cfg(test)]
 mod tests {
-    use super::difference;
+    use super::*;
+
+    #[test]
+    fn a_reset_before_the_fin_is_left_to_the_next_read() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = connect(listener.local_addr().unwrap());
+        write(&client, b"unread");
+        drop(listener.accept().unwrap());
+        wait_until("it is reset", || client.peer_addr().is_err());
+        send_fin(&client);
+        assert_eq!((&client).read(&mut [0]).unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
 
     #[test]
     fn a_difference_is_marked_in_its_line() {

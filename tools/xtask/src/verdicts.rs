@@ -78,7 +78,7 @@ fn stable(output: &str) -> Result<String> {
     let mut output = output.to_owned();
     for (changing, text) in [
         (r"(?s)\d{4,} bytes, expected .*?\^\^", "N"),
-        (r"  (after|connecting|writing)[^\n]*: Connection re[^\n]*", "  ended"),
+        (r"  (after|connecting|writing)[^\n]*: (Connection re|Broken pipe)[^\n]*", "  ended"),
         (r"  the server closed the connection after[^\n]*", "  ended"),
         (r"  ended\n(  sent[^\n]*\n)*(  The program has ended)", "$2"),
         (r"\d{4,}|\b\d+(\.\d+)?s\b", "N"),

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use clap::Parser;
 use harness::{
     Random, Server, connect, frame, raise_fd_limit, read, read_slowly, read_to_end, reset,
-    wait_until, write,
+    send_fin, wait_until, write,
 };
 use nix::sys::signal::Signal;
 
@@ -306,7 +306,7 @@ impl Client<'_> {
     fn half_close(self, stream: &TcpStream, random: &mut Random) {
         let messages = self.messages(random);
         write(stream, &messages);
-        stream.shutdown(Shutdown::Write).unwrap();
+        send_fin(stream);
         self.expect(&read_to_end(stream), &messages);
     }
 
@@ -340,7 +340,7 @@ impl Client<'_> {
             messages.extend(self.message(random));
         }
         write(stream, &messages);
-        stream.shutdown(Shutdown::Write).unwrap();
+        send_fin(stream);
         thread::sleep(Duration::from_millis(random.below(200) as u64));
         self.expect(&read_slowly(stream), &messages);
     }
