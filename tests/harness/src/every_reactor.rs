@@ -178,7 +178,7 @@ pub fn every_client_gets_its_own_bytes_back(chapter: Chapter) {
     let clients: Vec<_> =
         (0..200).map(|n| (server.connect(), (chapter.message)(&pattern(1000, n)))).collect();
     for _ in 0..5 {
-        server.signal(Signal::SIGSTOP);
+        server.pause();
         for (client, bytes) in &clients {
             write(client, bytes);
         }
@@ -194,7 +194,7 @@ pub fn echoes_what_came_before_the_fin(chapter: Chapter) {
     for n in [1, 5_000, 200_000] {
         let client = server.connect();
         let bytes = chapter.messages(n, 1);
-        server.signal(Signal::SIGSTOP);
+        server.pause();
         write(&client, &bytes);
         send_fin(&client);
         server.signal(Signal::SIGCONT);
@@ -446,7 +446,7 @@ pub fn a_reused_fd_never_sees_its_predecessors_bytes(chapter: Chapter) {
     let mut clients: HashMap<u64, TcpStream> = HashMap::new();
     let bytes_of = |n: u64| (chapter.message)(&pattern(3000, n));
     for round in 0..40_u64 {
-        server.signal(Signal::SIGSTOP);
+        server.pause();
         for n in round * 20..(round + 1) * 20 {
             // Twenty connect, and those of the previous round leave, in four different ways.
             if let Some(client) = clients.remove(&n.wrapping_sub(20)) {
@@ -555,7 +555,7 @@ pub fn answers_what_arrived_before_the_signal(chapter: Chapter) {
         let peer = client.local_addr().unwrap();
         chapter.ping(&client, b"hello");
         let messages = chapter.messages(n, 1);
-        server.signal(Signal::SIGSTOP);
+        server.pause();
         write(&client, &messages);
         server.signal(Signal::SIGTERM);
         server.signal(Signal::SIGCONT);
@@ -574,7 +574,7 @@ pub fn replies_in_flight_arrive_despite_unread_input(chapter: Chapter) {
     write(&client, &messages);
     // By now the replies are in the kernel, on both sides, and not all of them on this one.
     wait_until_idle(&server);
-    server.signal(Signal::SIGSTOP);
+    server.pause();
     write(&client, &messages);
     server.signal(Signal::SIGTERM);
     server.signal(Signal::SIGCONT);
@@ -603,7 +603,7 @@ pub fn a_client_that_has_everything_and_stays_is_not_cut_off(chapter: Chapter) {
     let messages = chapter.messages(1, 1);
     // In this order, so that the server handles the signal first, with the message still unread.
     server.wait_until_asleep();
-    server.signal(Signal::SIGSTOP);
+    server.pause();
     server.signal(Signal::SIGTERM);
     write(&client, &messages);
     server.signal(Signal::SIGCONT);
@@ -680,7 +680,7 @@ pub fn a_late_reader_gets_all_replies_from_before_the_stop(chapter: Chapter) {
 pub fn serves_the_backlog_before_it_stops(chapter: Chapter) {
     let mut server = chapter.start();
     let messages = chapter.messages(5000, 1);
-    server.signal(Signal::SIGSTOP);
+    server.pause();
     let clients: Vec<TcpStream> = (0..200).map(|_| server.connect()).collect();
     for client in &clients {
         write(client, &messages);

@@ -305,7 +305,7 @@ pub fn can_be_restarted_at_once(exe: &str, works: Works) {
 pub fn accepts_a_burst_of_clients(exe: &str, works: Works) {
     let server = Server::start(exe);
     // While the server is stopped, all of them have to wait in the kernel's accept queue.
-    server.signal(Signal::SIGSTOP);
+    server.pause();
     let clients: Vec<TcpStream> = (0..1000).map(|_| server.connect()).collect();
     server.signal(Signal::SIGCONT);
     for client in clients {
@@ -315,7 +315,7 @@ pub fn accepts_a_burst_of_clients(exe: &str, works: Works) {
 
 pub fn survives_clients_that_reset(exe: &str, works: Works) {
     let server = Server::start(exe);
-    server.signal(Signal::SIGSTOP);
+    server.pause();
     for n in 0..50 {
         let mut client = server.connect();
         if n % 2 == 0 {

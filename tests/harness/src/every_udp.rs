@@ -380,7 +380,7 @@ pub fn senders_that_are_gone_hurt_nobody(chapter: Chapter, _: &str) {
     let server = Server::start(chapter.exe);
     let udp = connect_udp(server.addr());
     for _ in 0..3 {
-        server.signal(Signal::SIGSTOP);
+        server.pause();
         for _ in 0..50 {
             connect_udp(server.addr()).send(&frame(1, b"answer me")).unwrap();
         }

@@ -203,6 +203,16 @@ impl Process {
         signal::kill(self.pid(), signal).expect("the process is running");
     }
 
+    /// Stops all of its threads, until it gets a SIGCONT.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        wait_until("it is stopped", || {
+            // T, or t under strace.
+            self.threads("State:").iter().all(|(_, state)| state.eq_ignore_ascii_case("t"))
+        });
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
