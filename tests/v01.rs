@@ -44,9 +44,9 @@ fn leaks_no_fds() {
 fn unread_input_does_not_cost_the_greeting() {
     let server = Server::start(EXE);
     for n in [1, 5000, 200_000] {
-        let client = server.connect();
         // However fast the server is, it closes with the input unread.
         server.pause();
+        let client = server.connect();
         write(&client, &harness::pattern(n, 1));
         send_fin(&client);
         server.signal(Signal::SIGCONT);
