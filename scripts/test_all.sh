@@ -926,18 +926,6 @@ chapter_v13() {
     check v13 'client: no server: exit code 1' check_no_server v13 reactor-v04-client
 }
 
-# ---- Later chapters without checks of their own --------------------------------------------------
-
-# They do all that chapter 5 does, for messages with id 1.
-later_chapter() { # CHAPTER
-    server_checks "$1"
-    if [[ -n ${binary[reactor-$1-client]-} ]]; then
-        program_checks "$1" "reactor-$1-client"
-    fi
-    message_checks "$1"
-    limit_checks "$1"
-}
-
 # ---- Many clients -------------------------------------------------------------------------------
 
 check_crowd() {
@@ -1151,13 +1139,8 @@ main() {
     build "${packages[@]}" "${build_only[@]}"
     cargo_tests "${packages[@]}"
     for chapter in "${CHAPTERS[@]}"; do
-        if [[ -z ${chosen[$chapter]-} ]]; then
-            continue
-        elif declare -F "chapter_$chapter" >/dev/null; then
-            "chapter_$chapter"
-        else
-            later_chapter "$chapter"
-        fi
+        [[ -n ${chosen[$chapter]-} ]] || continue
+        "chapter_$chapter"
         for package in $(packages_of "$chapter"); do
             check "$chapter" "grade.sh --start: the starter of $package fails" check_starter "${package#reactor-}"
         done
