@@ -2,11 +2,10 @@
 
 use std::cell::RefCell;
 use std::fmt;
-use std::hint::black_box;
 use std::io;
 use std::rc::Rc;
 
-use bytemuck::allocation::try_zeroed_slice_box;
+use memmap2::MmapMut;
 
 use crate::io_buf::IoBuf;
 
@@ -22,10 +21,7 @@ pub const MAX_BLOCK: usize = 8 * MIB;
 
 /// How much memory must stay free for everything else, in bytes: a small allocation that fails
 /// aborts the process. When memory is short, each of them may take a page of its own.
-///
-/// malloc(3) always maps an allocation of more than 32 MiB (mallopt(3), M_MMAP_THRESHOLD), so a probe
-/// for it leaves no trace on the heap.
-const RESERVE: usize = 32 * MIB + 1;
+const RESERVE: usize = 32 * MIB;
 
 /// Blocks of memory that are reused, so that a server in steady state allocates nothing
 /// (since v02).
@@ -42,7 +38,7 @@ struct Blocks {
     peak: usize,
     /// The free blocks of each class. The block returned last may still be in the CPU cache, so it
     /// is reused first.
-    classes: [Vec<Box<[u8]>>; SIZE_CLASSES.len()],
+    classes: [Vec<MmapMut>; SIZE_CLASSES.len()],
 }
 
 impl BufPool {
@@ -67,7 +63,7 @@ impl BufPool {
     }
 
     /// Takes a block back. Its old bytes stay: an `IoBuf` shows only bytes written through it.
-    pub(crate) fn give_back(&self, block: Box<[u8]>) {
+    pub(crate) fn give_back(&self, block: MmapMut) {
         self.0.borrow_mut().give_back(block);
     }
 
@@ -79,7 +75,7 @@ impl BufPool {
 }
 
 impl Blocks {
-    fn take(&mut self, class: usize) -> Result<Box<[u8]>, PoolError> {
+    fn take(&mut self, class: usize) -> Result<MmapMut, PoolError> {
         let size = SIZE_CLASSES[class];
         let block = match self.classes[class].pop() {
             Some(block) => {
@@ -104,7 +100,7 @@ impl Blocks {
         Ok(block)
     }
 
-    fn give_back(&mut self, block: Box<[u8]>) {
+    fn give_back(&mut self, block: MmapMut) {
         let size = block.len();
         self.classes[SIZE_CLASSES.partition_point(|&class| class < size)].push(block);
         self.in_use -= size;
@@ -121,16 +117,14 @@ impl Blocks {
     }
 }
 
-/// Allocates a block, if the system has [`RESERVE`] beside it.
-fn allocate(size: usize) -> Result<Box<[u8]>, PoolError> {
+/// Maps a block, if the system has [`RESERVE`] beside it.
+///
+/// A mapping of its own goes back to the system when it is dropped, whatever lies beside it; on the heap, a
+/// small allocation behind it would prevent that. Large ones take up memory only where they have been written.
+fn allocate(size: usize) -> Result<MmapMut, PoolError> {
     let out_of_memory = PoolError::OutOfMemory { asked: size };
-    // `vec!` would abort the process when memory is short (ulimit -v). Zeroed by the kernel, not here: a
-    // large block takes up memory only where it has been written.
-    let block = try_zeroed_slice_box(size).map_err(|()| out_of_memory)?;
-    let mut probe = Vec::<u8>::new();
-    probe.try_reserve_exact(RESERVE).map_err(|_| out_of_memory)?;
-    // Without this the compiler may leave out the allocation, since nothing uses it.
-    black_box(probe);
+    let block = MmapMut::map_anon(size).map_err(|_| out_of_memory)?;
+    MmapMut::map_anon(RESERVE).map_err(|_| out_of_memory)?;
     Ok(block)
 }
 
@@ -149,7 +143,7 @@ pub enum PoolError {
         /// The pool's cap, in bytes.
         cap: usize,
     },
-    /// The operating system has no memory for the block (malloc(3), typically under RLIMIT_AS).
+    /// The operating system has no memory for the block (mmap(2), typically under RLIMIT_AS).
     OutOfMemory {
         /// The size of the block, in bytes.
         asked: usize,

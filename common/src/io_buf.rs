@@ -1,9 +1,9 @@
 //! `IoBuf`: one block of the pool, with the position and the length of its data (since v02).
 
 use std::fmt;
-use std::mem;
 
 use bytes::Buf;
+use memmap2::MmapMut;
 
 use crate::buf_pool::BufPool;
 
@@ -19,20 +19,29 @@ use crate::buf_pool::BufPool;
 ///
 /// Only `data` is visible from outside, never the bytes that an earlier user left in the block.
 pub struct IoBuf {
-    block: Box<[u8]>,
+    /// `None` only when it is dropped.
+    block: Option<MmapMut>,
     head: usize,
     len: usize,
     pool: BufPool,
 }
 
 impl IoBuf {
-    pub(crate) fn new(block: Box<[u8]>, pool: BufPool) -> Self {
-        Self { block, head: 0, len: 0, pool }
+    pub(crate) fn new(block: MmapMut, pool: BufPool) -> Self {
+        Self { block: Some(block), head: 0, len: 0, pool }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.block.as_deref().unwrap_or_default()
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.block.as_deref_mut().unwrap_or_default()
     }
 
     /// The size of the block, in bytes.
     pub fn capacity(&self) -> usize {
-        self.block.len()
+        self.bytes().len()
     }
 
     /// How many bytes at the start of the block have been popped.
@@ -52,7 +61,7 @@ impl IoBuf {
 
     /// The data.
     pub fn data(&self) -> &[u8] {
-        &self.block[self.head..self.head + self.len]
+        &self.bytes()[self.head..self.head + self.len]
     }
 
     /// How many bytes fit behind the data without [`adjust`](Self::adjust).
@@ -80,7 +89,8 @@ impl IoBuf {
 
     /// Moves the data to the start of the block, so that all the room is behind it.
     pub fn adjust(&mut self) {
-        self.block.copy_within(self.head..self.head + self.len, 0);
+        let data = self.head..self.head + self.len;
+        self.bytes_mut().copy_within(data, 0);
         self.head = 0;
     }
 
@@ -92,7 +102,8 @@ impl IoBuf {
 
     /// The room behind the data, for a system call to fill. It may hold an earlier user's bytes.
     pub(crate) fn room_mut(&mut self) -> &mut [u8] {
-        &mut self.block[self.head + self.len..]
+        let end = self.head + self.len;
+        &mut self.bytes_mut()[end..]
     }
 
     /// Counts the first `n` bytes of the room as data, after a system call has written them.
@@ -119,7 +130,7 @@ impl Buf for IoBuf {
 
 impl Drop for IoBuf {
     fn drop(&mut self) {
-        self.pool.give_back(mem::take(&mut self.block));
+        self.block.take().into_iter().for_each(|block| self.pool.give_back(block));
     }
 }
 

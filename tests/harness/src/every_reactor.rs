@@ -280,6 +280,7 @@ pub fn survives_a_shortage_of_memory(chapter: Chapter) {
         server.wait_for_log("the system has no memory for a buffer of ");
     }
     assert!(deaf.len() > 100, "only {} clients are left", deaf.len());
+    wait_until_idle(&server);
     chapter.ping(&server.connect(), b"served");
     drop(deaf);
     assert_stops_with_nothing_in_use(server);
