@@ -31,6 +31,8 @@ def one_line(kind, error, _):
 
 # A traceback depends on the version of Python.
 sys.excepthook = one_line
+# A shell has its background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def listen():
