@@ -131,7 +131,9 @@ impl Buf for IoBuf {
 
 impl Drop for IoBuf {
     fn drop(&mut self) {
-        self.block.take().into_iter().for_each(|block| self.pool.give_back(block));
+        if let Some(block) = self.block.take() {
+            self.pool.give_back(block);
+        }
     }
 }
 
