@@ -733,11 +733,19 @@ pub fn send_fin(stream: &TcpStream) {
     }
 }
 
+/// How many of the bytes written to it are still on this side, as far as this side knows.
+#[track_caller]
+pub fn unacknowledged(stream: &TcpStream) -> usize {
+    let queues = socket(stream.local_addr(), stream.peer_addr()).queues;
+    let (to_send, _) = queues.split_once(':').unwrap();
+    usize::from_str_radix(to_send, 16).unwrap()
+}
+
 /// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
     wait_until("the peer has read everything", || {
-        let PeerSocket { state, queues, .. } = peer_socket(stream);
+        let Socket { state, queues, .. } = peer_socket(stream);
         assert!(!state.is_empty(), "the server has closed the connection");
         queues.ends_with(":00000000")
     });
@@ -765,26 +773,30 @@ pub fn wait_until_accepted(stream: &TcpStream) {
 
 /// Fields from /proc/net/tcp, or empty strings.
 #[derive(Default)]
-struct PeerSocket {
+struct Socket {
     /// In hexadecimal.
     state: String,
-    /// In hexadecimal: what it has to send, and to read.
+    /// In hexadecimal: how many bytes are not acknowledged, and how many not read.
     queues: String,
     /// 0 while it belongs to no file: not accepted yet, or closed.
     inode: String,
 }
 
-fn peer_socket(stream: &TcpStream) -> PeerSocket {
-    let port = |addr: SocketAddr| format!(":{:04X}", addr.port());
+/// The other end of `stream`, on this machine.
+fn peer_socket(stream: &TcpStream) -> Socket {
+    socket(stream.peer_addr(), stream.local_addr())
+}
+
+fn socket(local: io::Result<SocketAddr>, remote: io::Result<SocketAddr>) -> Socket {
     // A connection that was reset no longer has a peer.
-    let Ok(theirs) = stream.peer_addr().map(port) else { return PeerSocket::default() };
-    let ours = port(stream.local_addr().unwrap());
+    let (Ok(local), Ok(remote)) = (local, remote) else { return Socket::default() };
+    let ports = [local, remote].map(|addr| format!(":{:04X}", addr.port()));
     let table = fs::read_to_string("/proc/net/tcp").unwrap();
     let mut sockets = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let socket = sockets.find(|it| it[1].ends_with(&theirs) && it[2].ends_with(&ours));
-    let Some(fields) = socket else { return PeerSocket::default() };
+    let socket = sockets.find(|it| it[1].ends_with(&ports[0]) && it[2].ends_with(&ports[1]));
+    let Some(fields) = socket else { return Socket::default() };
     let field = |n: usize| fields[n].to_owned();
-    PeerSocket { state: field(3), queues: field(4), inode: field(9) }
+    Socket { state: field(3), queues: field(4), inode: field(9) }
 }
 
 /// Checks that for a while nothing arrives, neither bytes nor the end of the stream.
