@@ -741,6 +741,14 @@ pub fn unacknowledged(stream: &TcpStream) -> usize {
     usize::from_str_radix(to_send, 16).unwrap()
 }
 
+/// How many bytes have arrived at the peer, on this machine, which has not read them.
+#[track_caller]
+pub fn unread(stream: &TcpStream) -> usize {
+    let queues = peer_socket(stream).queues;
+    let (_, to_read) = queues.split_once(':').unwrap();
+    usize::from_str_radix(to_read, 16).unwrap()
+}
+
 /// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
