@@ -121,6 +121,10 @@ impl Blocks {
 ///
 /// A mapping of its own goes back to the system when it is dropped, whatever lies beside it; on the heap, a
 /// small allocation behind it would prevent that. Large ones take up memory only where they have been written.
+///
+/// The kernel joins blocks that lie side by side into one mapping, and splits it when one of them is dropped. If
+/// the process has 65,530 mappings already (vm.max_map_count), munmap(2) fails, memmap2 ignores that, and the
+/// block is lost. It takes some 131,000 blocks to get there.
 fn allocate(size: usize) -> Result<MmapMut, PoolError> {
     let out_of_memory = PoolError::OutOfMemory { asked: size };
     let block = MmapMut::map_anon(size).map_err(|_| out_of_memory)?;

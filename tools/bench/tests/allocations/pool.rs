@@ -14,6 +14,7 @@ use common::limit::{Limits, Permit};
 use common::message;
 use common::router::{MsgRouter, NetConnection};
 use common::tcp_conn::TcpConn;
+use nix::sys::resource::{UsageWho, getrusage};
 use stats_alloc::{INSTRUMENTED_SYSTEM, Region, StatsAlloc};
 
 use crate::tcp_server::TcpServer;
@@ -78,8 +79,12 @@ fn an_idle_connection_costs_its_own_size_and_no_message_costs_an_allocation() {
     let each = (change.bytes_allocated - change.bytes_deallocated) / 70;
     assert!(each <= CONN, "{each} bytes, not {CONN}: {change:?}");
 
-    let region = Region::new(HEAP);
+    // The first bytes in a new block, which is mapped and not allocated, are a page fault.
+    let page_faults = || getrusage(UsageWho::RUSAGE_SELF).unwrap().minor_page_faults();
+    let (region, before) = (Region::new(HEAP), page_faults());
     echo(&streams, 4000);
     let change = region.change();
     assert_eq!(change.allocations + change.reallocations, 0, "{change:?}");
+    let faults = page_faults() - before;
+    assert!(faults < 4000, "{faults} page faults during 4000 requests");
 }
