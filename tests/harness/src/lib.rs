@@ -734,28 +734,27 @@ pub fn send_fin(stream: &TcpStream) {
 }
 
 /// How many of the bytes written to it are still on this side, as far as this side knows.
-#[track_caller]
 pub fn unacknowledged(stream: &TcpStream) -> usize {
-    let queues = socket(stream.local_addr(), stream.peer_addr()).queues;
-    let (to_send, _) = queues.split_once(':').unwrap();
-    usize::from_str_radix(to_send, 16).unwrap()
+    own_socket(stream).to_send
 }
 
 /// How many bytes have arrived at the peer, on this machine, which has not read them.
-#[track_caller]
 pub fn unread(stream: &TcpStream) -> usize {
-    let queues = peer_socket(stream).queues;
-    let (_, to_read) = queues.split_once(':').unwrap();
-    usize::from_str_radix(to_read, 16).unwrap()
+    peer_socket(stream).to_read
+}
+
+/// Whether the peer, on this machine, has not yet sent all `written` bytes back: its kernel is full.
+pub fn holds_replies(stream: &TcpStream, written: usize) -> bool {
+    peer_socket(stream).to_send + own_socket(stream).to_read < written
 }
 
 /// Waits until the peer, on this machine, has read everything that was written to it.
 #[track_caller]
 pub fn wait_until_taken(stream: &TcpStream) {
     wait_until("the peer has read everything", || {
-        let Socket { state, queues, .. } = peer_socket(stream);
+        let Socket { state, to_read, .. } = peer_socket(stream);
         assert!(!state.is_empty(), "the server has closed the connection");
-        queues.ends_with(":00000000")
+        to_read == 0
     });
 }
 
@@ -779,18 +778,24 @@ pub fn wait_until_accepted(stream: &TcpStream) {
     wait_until("the peer has accepted", is_accepted);
 }
 
-/// Fields from /proc/net/tcp, or empty strings.
+/// Fields from /proc/net/tcp. Empty and 0 if there is no such socket.
 #[derive(Default)]
 struct Socket {
     /// In hexadecimal.
     state: String,
-    /// In hexadecimal: how many bytes are not acknowledged, and how many not read.
-    queues: String,
+    /// In bytes, with those that are sent but not acknowledged.
+    to_send: usize,
+    /// In bytes.
+    to_read: usize,
     /// 0 while it belongs to no file: not accepted yet, or closed.
     inode: String,
 }
 
-/// The other end of `stream`, on this machine.
+fn own_socket(stream: &TcpStream) -> Socket {
+    socket(stream.local_addr(), stream.peer_addr())
+}
+
+/// The other end, on this machine.
 fn peer_socket(stream: &TcpStream) -> Socket {
     socket(stream.peer_addr(), stream.local_addr())
 }
@@ -803,8 +808,9 @@ fn socket(local: io::Result<SocketAddr>, remote: io::Result<SocketAddr>) -> Sock
     let mut sockets = table.lines().skip(1).map(|line| line.split_whitespace().collect::<Vec<_>>());
     let socket = sockets.find(|it| it[1].ends_with(&ports[0]) && it[2].ends_with(&ports[1]));
     let Some(fields) = socket else { return Socket::default() };
-    let field = |n: usize| fields[n].to_owned();
-    Socket { state: field(3), queues: field(4), inode: field(9) }
+    let (to_send, to_read) = fields[4].split_once(':').unwrap();
+    let [to_send, to_read] = [to_send, to_read].map(|it| usize::from_str_radix(it, 16).unwrap());
+    Socket { state: fields[3].to_owned(), to_send, to_read, inode: fields[9].to_owned() }
 }
 
 /// Checks that for a while nothing arrives, neither bytes nor the end of the stream.
