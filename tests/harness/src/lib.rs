@@ -743,9 +743,9 @@ pub fn unread(stream: &TcpStream) -> usize {
     peer_socket(stream).to_read
 }
 
-/// Whether the peer, on this machine, has not yet sent all `written` bytes back: its kernel is full.
-pub fn holds_replies(stream: &TcpStream, written: usize) -> bool {
-    peer_socket(stream).to_send + own_socket(stream).to_read < written
+/// How many bytes the peer, on this machine, has written that this side has not read.
+pub fn queued_by_peer(stream: &TcpStream) -> usize {
+    peer_socket(stream).to_send + own_socket(stream).to_read
 }
 
 /// Waits until the peer, on this machine, has read everything that was written to it.
