@@ -127,12 +127,11 @@ pub fn refusals_are_logged_with_their_number_once_a_second(chapter: Chapter) {
 pub fn the_ends_of_others_cost_no_replies(chapter: Chapter) {
     raise_fd_limit();
     let server = Server::start_with(chapter.exe, &["--idle-timeout", "600"]);
-    let message = frame(1, &pattern(1000, 1));
     let probe = server.connect();
     narrow(&probe);
-    send_until_stuck(&probe, &message.repeat(64_000));
+    chapter.stuff(&probe);
     // More than the kernel takes, so that the server itself holds replies. But it still reads.
-    let messages = message.repeat(queued_by_peer(&probe) / message.len() + 400);
+    let messages = chapter.messages(queued_by_peer(&probe) + 400_000, 1);
     drop(probe);
     let slow = [(); 4].map(|()| {
         let client = server.connect();
@@ -261,7 +260,7 @@ pub fn only_messages_and_replies_keep_a_connection_from_being_idle(chapter: Chap
     let server = Server::start_with(chapter.exe, &options);
     let [idle, dripping, deaf, active] = [(); 4].map(|()| served(server.addr()));
     narrow(&deaf);
-    send_until_stuck(&deaf, &frame(1, &pattern(1000, 1)).repeat(64_000));
+    chapter.stuff(&deaf);
     let mut drops = frame(1, &[b'x'; 1000]).into_iter();
     wait_until("three places are free", || {
         let _ = (&dripping).write(&[drops.next().unwrap()]);

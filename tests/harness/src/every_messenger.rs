@@ -11,8 +11,7 @@ use nix::sys::signal::Signal;
 use crate::every_reactor::Chapter;
 use crate::{
     QUIET, Server, assert_bytes, assert_echo, assert_silent, exchange, frame, narrow, pattern,
-    read, read_slowly, read_to_end, send_fin, send_until_stuck, wait_until, wait_until_taken,
-    write,
+    read, read_slowly, read_to_end, send_fin, wait_until, wait_until_taken, write,
 };
 
 /// The longest payload.
@@ -254,7 +253,7 @@ pub fn stopping_takes_no_more_memory_than_serving(chapter: Chapter) {
     crate::chapter_only!("it reads the chapter's log");
     let mut server = Server::start(chapter.exe);
     let deaf = server.connect();
-    send_until_stuck(&deaf, &frame(1, &pattern(1000, 1)).repeat(64_000));
+    chapter.stuff(&deaf);
     server.signal(Signal::SIGTERM);
     assert_eq!(server.wait().code(), Some(0));
     // What chapter 13 holds back is so little that the kernel may take it after all.

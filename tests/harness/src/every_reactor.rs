@@ -19,9 +19,11 @@ use crate::{
     wait_until_closing, write,
 };
 
-/// A shutdown takes a second at most, and reads for half of it. Later than this after the signal, on a
-/// busy machine, it proves nothing if a client has been cut off.
+/// A shutdown takes a second at most. Later than this after the signal, on a busy machine, it proves
+/// nothing if a client has been cut off.
 const WITHIN_GRACE: Duration = Duration::from_millis(800);
+
+/// The same for what has not been read: a shutdown reads for half a second at most.
 const WITHIN_INPUT_GRACE: Duration = Duration::from_millis(400);
 
 /// A chapter, as these tests see it.
@@ -118,8 +120,13 @@ impl Chapter {
         panic!("{late} of the last 100 were not");
     }
 
+    /// How many bytes each of the [`messages`](Self::messages) has.
+    fn message_len(&self) -> usize {
+        (self.message)(&[0; 1000]).len()
+    }
+
     /// About `n` bytes of whole messages.
-    fn messages(&self, n: usize, seed: u64) -> Vec<u8> {
+    pub(crate) fn messages(&self, n: usize, seed: u64) -> Vec<u8> {
         let message = (self.message)(&pattern(1000, seed));
         message.repeat(n.div_ceil(message.len()))
     }
@@ -127,11 +134,10 @@ impl Chapter {
     /// Sends whole messages without reading until the socket is full. Returns what has been sent,
     /// and the unsent rest of the last message.
     #[track_caller]
-    fn stuff(&self, client: &TcpStream) -> (Vec<u8>, Vec<u8>) {
+    pub(crate) fn stuff(&self, client: &TcpStream) -> (Vec<u8>, Vec<u8>) {
         let bytes = self.messages(64 << 20, 7);
         let sent = crate::send_until_stuck(client, &bytes);
-        let len = (self.message)(&[0; 1000]).len();
-        let end = sent.next_multiple_of(len);
+        let end = sent.next_multiple_of(self.message_len());
         (bytes[..sent].to_vec(), bytes[sent..end].to_vec())
     }
 
@@ -139,8 +145,7 @@ impl Chapter {
     /// have arrived too late, if the kernel has dropped a packet.
     #[track_caller]
     fn assert_answered(&self, received: &[u8], written: &[u8], owed: usize) {
-        let len = (self.message)(&[0; 1000]).len();
-        let n = received.len();
+        let (n, len) = (received.len(), self.message_len());
         assert!(written.starts_with(received), "{n} bytes came back, and not those");
         assert!(n >= owed / len * len, "{n} bytes came back, of {owed} that had arrived");
     }
@@ -153,8 +158,7 @@ pub(crate) fn wait_until_idle(server: &Server) {
         let before = server.cpu();
         thread::sleep(QUIET);
         // One that spins may get little time on a busy machine, but it never sleeps.
-        let is_asleep = server.threads("State:").iter().all(|(_, state)| state == "S");
-        is_asleep && server.cpu() - before < QUIET / 10
+        server.threads_are("S") && server.cpu() - before < QUIET / 10
     });
 }
 
@@ -670,7 +674,7 @@ pub fn replies_survive_a_message_sent_after_the_stop(chapter: Chapter) {
 /// The server has stopped reading from a client that does not read (backpressure), and its output
 /// waits in the kernel. That does not count as quiet: the server must wait for the client to read.
 pub fn a_late_reader_gets_all_replies_from_before_the_stop(chapter: Chapter) {
-    let len = (chapter.message)(&[0; 1000]).len();
+    let len = chapter.message_len();
     // Several attempts, as above.
     let start = Instant::now();
     while start.elapsed() < LIMIT {

@@ -21,7 +21,7 @@ use crate::every_router::{assert_one_line, assert_printed, start_printing};
 use crate::every_server::name;
 use crate::{
     LIMIT, Server, Signal, assert_bytes, assert_echo, frame, is_other, narrow, pattern, read,
-    read_to_end, reset, run, run_command, send_until_stuck, served, wait_until, write,
+    read_to_end, reset, run, run_command, served, wait_until, write,
 };
 
 /// One test per promise, for the [`Chapter`] `$chapter` and the binary of its client `$client`.
@@ -292,7 +292,7 @@ pub fn its_port_is_free_for_the_next_server_at_once(chapter: Chapter, _: &str) {
     let mut server = Server::start(chapter.exe);
     let slow = server.connect();
     narrow(&slow);
-    send_until_stuck(&slow, &frame(1, &pattern(1000, 1)).repeat(64_000));
+    chapter.stuff(&slow);
     server.signal(Signal::SIGTERM);
     wait_until("its UDP socket is closed", || UdpSocket::bind(server.addr()).is_ok());
     assert!(server.is_running());

@@ -209,7 +209,7 @@ impl Process {
         self.signal(Signal::SIGSTOP);
         wait_until("it is stopped", || {
             // T, or t under strace.
-            self.threads("State:").iter().all(|(_, state)| state.eq_ignore_ascii_case("t"))
+            self.threads_are("Tt")
         });
     }
 
@@ -274,6 +274,12 @@ impl Process {
         let grown = self.status("VmRSS").saturating_sub(before);
         let limit = if is_other() { 2 * limit + 16_384 } else { limit };
         assert!(grown < limit, "its memory has grown by {grown} KiB, and may by {limit} KiB");
+    }
+
+    /// Whether each of its threads is in one of these states, letters from proc_pid_stat(5).
+    #[track_caller]
+    pub fn threads_are(&self, states: &str) -> bool {
+        self.threads("State:").iter().all(|(_, state)| states.contains(state))
     }
 
     /// The name of each of its threads, and a field in proc_pid_status(5), such as `SigBlk:`.
